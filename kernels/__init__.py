@@ -1,0 +1,36 @@
+"""GPU programs of the equilibrium solves; installed as ``deqfusion.kernels``.
+
+No program has been written yet: every solve runs on the reference implementation, whatever
+the device. This package imports nothing of ``deqfusion``, and no Triton until asked, so that
+it can be inspected on machines that have neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+#: Names of the GPU programs that can be launched.
+PROGRAMS: tuple[str, ...] = ()
+
+
+def triton_version() -> str | None:
+    """Import Triton and return its version, or None where it cannot be imported."""
+    try:
+        triton = importlib.import_module("triton")
+    except Exception:  # a broken driver stack raises more than ImportError from here
+        return None
+    return str(triton.__version__)
+
+
+def status() -> tuple[bool, str]:
+    """Say whether the GPU programs can run, and why (not).
+
+    Returns:
+        A pair ``(usable, reason)``: ``usable`` is True when Triton imports and at least one
+        program exists; ``reason`` is one sentence for a person.
+    """
+    version = triton_version()
+    found = f"Triton {version} imports" if version else "Triton cannot be imported"
+    if not PROGRAMS:
+        return False, f"{found}; this version contains no GPU programs"
+    return version is not None, f"{found}; programs: {', '.join(PROGRAMS)}"
