@@ -1,0 +1,112 @@
+"""The command line: ``deqfusion COMMAND ...``, the same as ``python -m deqfusion.cli COMMAND ...``.
+
+Exit codes: 0 done; 1 ran, but the result is not good (a solve that did not converge, a self-test
+that failed); 2 wrong arguments or unusable input, with one line on standard error that says what
+was got and what was expected; 130 interrupted.
+
+The commands live beside what they run; a module is imported only when one of its commands is
+chosen, so that asking for help stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+
+__all__ = ["COMMANDS", "build_parser", "main"]
+
+#: Name of each command: the module whose ``register_commands`` adds it, and its line of help.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("deqfusion.tasks", "train, compare and time fusions on handwritten digits"),
+    "train": ("deqfusion.tasks", "train a model on a task's data"),
+    "evaluate": ("deqfusion.tasks", "evaluate a checkpoint"),
+    "bench": ("deqfusion.bench", "time equilibrium fusion against other implementations"),
+    "doctor": ("deqfusion.doctor", "say what is installed, what runs where, and whether it works"),
+}
+
+
+def chosen_command(arguments: Sequence[str]) -> str | None:
+    """Return the command among the arguments, or None where there is none or an unknown one."""
+    first = next((argument for argument in arguments if not argument.startswith("-")), None)
+    return first if first in COMMANDS else None
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Build the parser, with the options of one command.
+
+    Args:
+        command: the command to be parsed, a key of `COMMANDS`: its module is imported and adds
+            its options. None: every command's name and line of help, without options.
+
+    Returns:
+        A parser whose result holds ``run``, a function of that result that returns an exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="deqfusion",
+        description="Deep equilibrium multimodal fusion.",
+        epilog="deqfusion COMMAND --help lists a command's options.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"deqfusion {metadata.version('deqfusion')}"
+    )
+    parser.add_argument(
+        "--traceback", action="store_true", help="where input is refused, show where in the code"
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    if command is None:
+        for name, (_, help_line) in COMMANDS.items():
+            subparsers.add_parser(name, help=help_line)
+    else:
+        importlib.import_module(COMMANDS[command][0]).register_commands(subparsers)
+    return parser
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the program's name; None takes them from the process.
+
+    Returns:
+        The exit code: 0, 1, 2 or 130 (see the module's docstring).
+
+    Raises:
+        SystemExit: from ``--help`` and ``--version`` (0), and on arguments that do not parse (2).
+    """
+    from deqfusion.solution import ConvergenceError
+
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    show_traceback = False
+    try:
+        options = build_parser(chosen_command(arguments)).parse_args(arguments)
+        show_traceback = options.traceback
+        code = int(options.run(options) or 0)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("deqfusion: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of standard output has gone: nothing to tell it, and the interpreter's own
+        # flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ConvergenceError, ValueError, OSError) as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"deqfusion: error: {one_line(error)}", file=sys.stderr)
+        return 1 if isinstance(error, ConvergenceError) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""The command line: which commands exist, what their exit codes and error lines are."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+
+from deqfusion import cli
+from deqfusion.solution import ConvergenceError
+
+Install = Callable[[Callable[[argparse.Namespace], int | None]], None]
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Return a function that makes its argument the only command, named ``work``."""
+
+    def install(run: Callable[[argparse.Namespace], int | None]) -> None:
+        def register_commands(subparsers: argparse._SubParsersAction) -> None:
+            parser = subparsers.add_parser("work")
+            parser.add_argument("--times", type=int, default=1)
+            parser.set_defaults(run=run)
+
+        module = types.ModuleType("deqfusion_test_stand_in")
+        module.register_commands = register_commands
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(cli, "COMMANDS", {"work": (module.__name__, "work")})
+
+    return install
+
+
+def refuse(error: BaseException) -> Callable[[argparse.Namespace], int]:
+    def run(options: argparse.Namespace) -> int:
+        raise error
+
+    return run
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    listed = capsys.readouterr().out
+    for name, (_, help_line) in cli.COMMANDS.items():
+        assert name in listed
+        assert help_line in " ".join(listed.split())
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_has_help_and_a_function_to_run(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: deqfusion {command}")
+
+
+@pytest.mark.parametrize("module", sorted({module for module, _ in cli.COMMANDS.values()}))
+def test_modules_register_the_commands_listed_for_them_and_no_other(module: str) -> None:
+    expected = {name for name, (owner, _) in cli.COMMANDS.items() if owner == module}
+    parser = cli.build_parser(min(expected))
+    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    assert set(actions[0].choices) == expected
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["autotune"], ["analyze"], ["plot"]])
+def test_missing_and_unknown_commands_are_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_unknown_options_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--no-such-option"])
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (2, 2)])
+def test_exit_code_is_what_the_command_returns(
+    returned: int | None, code: int, stand_in: Install
+) -> None:
+    stand_in(lambda options: returned)
+    assert cli.main(["work"]) == code
+
+
+def test_options_reach_the_command(stand_in: Install) -> None:
+    stand_in(lambda options: options.times)
+    assert cli.main(["work", "--times", "2"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("dim: got 0,\n  expected > 0"), 2, "dim: got 0, expected > 0"),
+        (FileNotFoundError(2, "No such file", "a.csv"), 2, "[Errno 2] No such file: 'a.csv'"),
+        (OSError(), 2, "OSError"),
+        (ConvergenceError("fusion: 3 rows"), 1, "fusion: 3 rows"),
+    ],
+)
+def test_refusals_are_one_line(
+    error: Exception,
+    code: int,
+    line: str,
+    stand_in: Install,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stand_in(refuse(error))
+    assert cli.main(["work"]) == code
+    captured = capsys.readouterr()
+    assert captured.err == f"deqfusion: error: {line}\n"
+    assert captured.out == ""
+
+
+def test_data_and_checkpoint_errors_are_refusals() -> None:
+    from deqfusion.data import DataError
+    from deqfusion.tasks import CheckpointError
+
+    assert issubclass(DataError, ValueError)
+    assert issubclass(CheckpointError, ValueError)
+
+
+def test_traceback_on_request(stand_in: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(refuse(ValueError("here")))
+    assert cli.main(["--traceback", "work"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.endswith("deqfusion: error: here\n")
+
+
+def test_interruption(stand_in: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(refuse(KeyboardInterrupt()))
+    assert cli.main(["work"]) == 130
+    assert capsys.readouterr().err == "deqfusion: interrupted\n"
+
+
+def test_mistakes_in_the_program_are_not_hidden(stand_in: Install) -> None:
+    stand_in(refuse(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["work"])
+
+
+@pytest.mark.parametrize("module", ["deqfusion", "deqfusion.cli"])
+def test_runs_as_a_module(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("deqfusion ")
+    assert done.stderr == ""
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+    program = """
+import sys, types
+from deqfusion import cli
+
+def register_commands(subparsers):
+    parser = subparsers.add_parser("work")
+    parser.set_defaults(run=lambda options: print("line\\n" * 100_000))
+
+sys.modules["stand_in"] = types.SimpleNamespace(register_commands=register_commands)
+cli.COMMANDS["work"] = ("stand_in", "work")
+sys.exit(cli.main(["work"]))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
