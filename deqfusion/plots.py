@@ -1,0 +1,264 @@
+"""Figures of training runs, solves and timings.
+
+Figures are made with the Agg canvas and never through pyplot: no global state is read or changed,
+and no window system is needed. Colours are Okabe and Ito's, which colour-blind readers can tell
+apart; what colour says, position or line style says too.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#777777",
+)
+_CYCLE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY)
+_LINES = ("-", "--", "-.", ":")
+_GRID = "#DDDDDD"
+
+
+def accuracy_bars(
+    accuracies: Mapping[str, Sequence[float]], *, highlight: str, ylabel: str = "test accuracy"
+) -> Figure:
+    """Draw mean accuracies with one standard deviation, and every single run as a dot.
+
+    Args:
+        accuracies: name -> accuracy of each seed, 0 to 1, at least one.
+        highlight: the name drawn in the accent colour.
+        ylabel: label of the axis.
+
+    Raises:
+        ValueError: no name, or a name without a value.
+    """
+    if not accuracies or not all(len(values) for values in accuracies.values()):
+        raise ValueError(f"accuracies: got {dict(accuracies)}, expected a value for every name")
+    figure, axes = _figure(7.2, 3.6)
+    names = list(accuracies)
+    lowest = min(min(values) for values in accuracies.values())
+    highest = max(max(values) for values in accuracies.values())
+    for place, name in enumerate(names):
+        values = np.asarray(accuracies[name], dtype=float)
+        spread = values.std(ddof=1) if len(values) > 1 else 0.0
+        color = BLUE if name == highlight else GREY
+        # Points instead of bars: the axis need not begin at 0 to be honest.
+        axes.errorbar(
+            place, values.mean(), spread, fmt="o", color=color, capsize=6, markersize=9, lw=2
+        )
+        offsets = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
+        axes.plot(place + 0.28 + offsets, values, ".", color=color, alpha=0.6, markersize=6)
+        axes.annotate(
+            f"{values.mean():.3f}",
+            (place, max(values.mean() + spread, values.max())),
+            textcoords="offset points",
+            xytext=(0, 7),
+            ha="center",
+            color=color,
+            fontsize=9,
+        )
+    margin = max(0.15 * (highest - lowest), 0.01)
+    axes.set_ylim(max(0.0, lowest - margin), min(1.02, highest + 2.0 * margin))
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y", color=_GRID)
+    return figure
+
+
+def convergence_traces(
+    traces: Mapping[str, NDArray[np.floating]], *, tol: float | None = None
+) -> Figure:
+    """Draw relative residuals against evaluations of the cell: median over rows and a band.
+
+    Args:
+        traces: name -> (rows, steps) relative residuals. NaN means that the row had stopped
+            before; its last residual is carried on.
+        tol: drawn as a line.
+
+    Raises:
+        ValueError: no trace, or one that is not (rows, steps) with a finite first column.
+    """
+    if not traces:
+        raise ValueError("traces: got none, expected at least one")
+    figure, axes = _figure(7.2, 3.8)
+    for index, (name, trace) in enumerate(traces.items()):
+        filled = _carry_forward(name, np.asarray(trace, dtype=float))
+        steps = np.arange(1, filled.shape[1] + 1)
+        low, middle, high = np.quantile(filled, [0.1, 0.5, 0.9], axis=0)
+        color = _CYCLE[index % len(_CYCLE)]
+        axes.plot(
+            steps, middle, label=name, color=color, lw=2, linestyle=_LINES[index % len(_LINES)]
+        )
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
+    if tol is not None:
+        axes.axhline(tol, color="black", lw=1, linestyle=":")
+        axes.annotate(
+            f"tolerance {tol:g}", (1, tol), textcoords="offset points", xytext=(2, 4), fontsize=8
+        )
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("evaluations of the cell")
+    axes.set_ylabel("relative residual")
+    axes.grid(color=_GRID)
+    axes.legend(frameon=False)
+    return figure
+
+
+def modality_weight_bars(
+    panels: Mapping[str, NDArray[np.floating]], modalities: Sequence[str]
+) -> Figure:
+    """Draw mean gate weights by which modality is corrupted, one panel for each state of training.
+
+    Args:
+        panels: title -> (N, N) mean weights; row: the corrupted modality, column: whose weight.
+        modalities: N names.
+
+    Raises:
+        ValueError: no panel, or one that is not (N, N).
+    """
+    count = len(modalities)
+    for title, table in panels.items():
+        if np.shape(table) != (count, count):
+            raise ValueError(
+                f"panels[{title!r}]: got shape {np.shape(table)}, expected {(count, count)}"
+            )
+    if not panels:
+        raise ValueError("panels: got none, expected at least one")
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    width = 0.8 / count
+    for axes, (title, table) in zip(all_axes, panels.items(), strict=True):
+        for column, name in enumerate(modalities):
+            places = np.arange(count) + (column - (count - 1) / 2) * width
+            bars = axes.bar(places, table[:, column], 0.92 * width, color=_CYCLE[column])
+            bars.set_label(f"weight of {name}")
+            # Hatched where the modality is weighed in the rows in which it is the noisy one.
+            bars.patches[column].set(hatch="///", edgecolor="white", lw=0)
+        axes.axhline(1.0 / count, color="black", lw=1, linestyle=":")
+        axes.set_xticks(range(count), [name.replace(" ", "\n") for name in modalities])
+        axes.set_xlabel("noise is in")
+        axes.set_title(title, fontsize=10)
+        _strip(axes)
+        axes.grid(axis="y", color=_GRID)
+    all_axes[0].set_ylabel("mean weight (hatched: of the noisy modality)")
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=count, frameon=False)
+    return figure
+
+
+def timing_bars(
+    seconds: Mapping[str, Mapping[str, tuple[float, float, float]]], *, highlight: str
+) -> Figure:
+    """Draw median times with the 20th and 80th percentile.
+
+    Args:
+        seconds: group (such as "forward") -> contender -> (20th percentile, median, 80th).
+        highlight: the contender drawn in the accent colour.
+
+    Raises:
+        ValueError: no group, or a group without contenders.
+    """
+    if not seconds or not all(seconds.values()):
+        raise ValueError("seconds: got an empty group, expected contenders in each")
+    figure, axes = _figure(7.2, 0.9 + 0.42 * sum(1 + len(group) for group in seconds.values()))
+    labels, place = [], 0.0
+    longest = max(times[2] for group in seconds.values() for times in group.values())
+    for group, contenders in seconds.items():
+        for name, (low, middle, high) in contenders.items():
+            color = BLUE if name == highlight else GREY
+            errors = [[1e3 * max(middle - low, 0.0)], [1e3 * max(high - middle, 0.0)]]
+            axes.barh(place, 1e3 * middle, 0.8, xerr=errors, color=color, capsize=4)
+            axes.text(1e3 * (high + 0.015 * longest), place, f"{1e3 * middle:.1f} ms", va="center")
+            labels.append((place, f"{name}\n{group}"))
+            place += 1.0
+        place += 0.6
+    axes.set_yticks([place for place, _ in labels], [label for _, label in labels], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1e3 * longest * 1.18)
+    axes.set_xlabel("milliseconds (median; whiskers: 20th to 80th percentile)")
+    axes.grid(axis="x", color=_GRID)
+    return figure
+
+
+def training_curves(history: Mapping[str, Sequence[float]], *, best_epoch: int) -> Figure:
+    """Draw losses, validation accuracy and, where there is a solve, its steps.
+
+    Args:
+        history: columns `epoch`, `train_loss`, `validation_loss`, `validation_accuracy`, `steps`
+            (NaN without a solve), each with one value per epoch.
+        best_epoch: marked with a line.
+    """
+    epochs = np.asarray(history["epoch"])
+    steps = np.asarray(history["steps"], dtype=float)
+    solves = bool(np.isfinite(steps).any())
+    figure = Figure(figsize=(10.0 if solves else 7.2, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, 3 if solves else 2)
+    all_axes[0].plot(epochs, history["train_loss"], color=GREY, label="training", linestyle="--")
+    all_axes[0].plot(epochs, history["validation_loss"], color=BLUE, label="validation")
+    all_axes[0].set_ylabel("loss")
+    all_axes[0].legend(frameon=False)
+    all_axes[1].plot(epochs, history["validation_accuracy"], color=BLUE)
+    all_axes[1].set_ylabel("validation accuracy")
+    if solves:
+        all_axes[2].plot(epochs, steps, color=BLUE)
+        all_axes[2].set_ylabel("mean steps of the solve")
+    for axes in all_axes:
+        axes.axvline(best_epoch, color=ORANGE, lw=1.5, linestyle=":")
+        axes.set_xlabel(f"epoch (dotted: the chosen one, {best_epoch})")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color=_GRID)
+        _strip(axes)
+    return figure
+
+
+def save_png(figure: Figure, path: str | Path, dpi: int = 150) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, format="png", dpi=dpi)
+
+
+def to_base64(figure: Figure, dpi: int = 130) -> str:
+    """Return a figure as base64 of a PNG, for a page that carries its pictures."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    _strip(axes)
+    return figure, axes
+
+
+def _strip(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+def _carry_forward(name: str, trace: NDArray[np.floating]) -> NDArray[np.floating]:
+    if trace.ndim != 2 or not trace.size or not np.isfinite(trace[:, 0]).all():
+        raise ValueError(
+            f"traces[{name!r}]: got shape {trace.shape}, expected (rows, steps) with at least one "
+            "of each and a finite first step"
+        )
+    last = np.where(np.isfinite(trace), np.arange(trace.shape[1]), 0)
+    last = np.maximum.accumulate(last, axis=1)
+    return np.take_along_axis(trace, last, axis=1)
