@@ -1,0 +1,402 @@
+r"""Equilibria as functions: solve, with implicit gradients.
+
+    z* = f(z*; x, theta)        dL/dtheta = (df/dtheta)^T lambda,  lambda = dL/dz* + J^T lambda
+
+`modality_equilibrium` and `fusion_equilibrium` are the two implicit layers of the block-triangular
+solve; autograd between them passes the adjoint from fusion to the modalities. Each is one operator
+forward and one backward (`deqfusion.ops`). `joint_equilibrium` finds the same fixed point by a
+single solve of the whole state and differentiates it by the same two adjoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import deqfusion.ops  # noqa: F401  registers the operators
+from deqfusion.adjoint import Adjoint, Implicit, OneStep, Phantom
+from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
+from deqfusion.reference.solve import SolverOptions
+from deqfusion.solvers import Anderson, Broyden, Picard, Solver
+
+__all__ = [
+    "BlockSolution",
+    "CellOptions",
+    "FusionParameters",
+    "LinearStats",
+    "ModalityParameters",
+    "fusion_adjoint",
+    "fusion_equilibrium",
+    "inject",
+    "joint_equilibrium",
+    "modality_adjoint",
+    "modality_equilibrium",
+]
+
+_M, _F = len(ModalityParameters._fields), len(FusionParameters._fields)
+_C, _S = len(CellOptions._fields), len(SolverOptions._fields)
+
+
+class BlockSolution(NamedTuple):
+    """A solved block (or the whole state).
+
+    Attributes:
+        state: (..., R, d), differentiable.
+        status: int32 (..., R), values of `deqfusion.Status`.
+        steps: int32 (..., R).
+        residual: float32 (..., R), relative.
+        trace: float32 (..., R, max_steps, 2), ||f - z|| and ||f|| of every evaluation (NaN after
+            the row ended); max_steps is 0 in the shape unless the trace was asked for.
+    """
+
+    state: Tensor
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+    trace: Tensor
+
+
+class LinearStats(NamedTuple):
+    """Outcome of an adjoint solve per row: status, steps int32 and relative residual float32."""
+
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+
+
+def solver_options(solver: Solver) -> SolverOptions:
+    """The solver in the plain values that the operators take."""
+    common = (solver.final_tol, float(solver.atol), solver.max_steps)
+    if isinstance(solver, Anderson):
+        return SolverOptions(
+            "anderson", *common, solver.memory, solver.ridge, solver.ridge_mode == "relative",
+            float(solver.mixing), solver.ladder == "auto",
+        )  # fmt: skip
+    if isinstance(solver, Picard):
+        return SolverOptions("picard", *common, 0, None, True, float(solver.damping), False)
+    if isinstance(solver, Broyden):
+        return SolverOptions("broyden", *common, solver.memory, None, True, 1.0, False)
+    raise TypeError(f"solver: got {solver!r}, expected Anderson, Picard or Broyden")
+
+
+def adjoint_options(adjoint: Adjoint) -> SolverOptions:
+    """The backward mode in the plain values that the operators take."""
+    if isinstance(adjoint, Implicit):
+        return solver_options(adjoint.solver)
+    if isinstance(adjoint, (Phantom, OneStep)):
+        steps, damping = (
+            (adjoint.steps, adjoint.damping) if isinstance(adjoint, Phantom) else (1, 1.0)
+        )
+        return SolverOptions("truncated", 0.0, 0.0, steps, 0, None, True, float(damping), False)
+    raise TypeError(f"adjoint: got {adjoint!r}, expected Implicit, Phantom or OneStep")
+
+
+class _Inject(torch.autograd.Function):
+    """sum_i w_i x_i + b; a row whose incoming gradient is 0 adds nothing, even where x is NaN."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (weight.to(x.dtype)[:, None, None] * x).sum(0) + bias.to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        dx = weight.to(x.dtype)[:, None, None] * gradient
+        terms = torch.where(gradient == 0, 0.0, gradient * x)
+        return dx, terms.sum((1, 2)).to(weight.dtype), gradient.sum().reshape(1).to(bias.dtype)
+
+
+def inject(x: Tensor, weight: Tensor, bias: Tensor, present: Tensor | None = None) -> Tensor:
+    """The injected fusion feature x_f = sum_i w_i x_i + b over the modalities present.
+
+    Args:
+        x: (N, R, d).
+        weight: (N,).
+        bias: (1,).
+        present: bool (N, R) or None; x of an absent modality must be finite (0, say).
+
+    Returns:
+        (R, d).
+    """
+    if present is not None:
+        x = x * present.unsqueeze(-1).to(x.dtype)
+    return _Inject.apply(x, weight, bias)
+
+
+class _ModalityEquilibrium(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, init: Tensor | None, present: Tensor | None, tolerance: Tensor | None,
+        record: bool, adjoint: tuple[Any, ...], *rest: Any,
+    ) -> Any:  # fmt: skip
+        return torch.ops.deqfusion.modality_equilibrium(x, init, present, *rest, tolerance, record)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, _, present, _, _, adjoint, *rest = inputs
+        state, status, steps, residual, trace = output
+        ctx.mark_non_differentiable(status, steps, residual, trace)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, present, state, status, *rest[:_M])
+        ctx.adjoint, ctx.cell = adjoint, rest[_M : _M + _C]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
+        nothing = (None,) * (6 + _M + _C + _S)
+        if gradient is None:
+            return nothing
+        x, present, state, status, *parameters = ctx.saved_tensors
+        dx, *grads = torch.ops.deqfusion.modality_adjoint(
+            gradient, state, status, x, present, *parameters, *ctx.cell, *ctx.adjoint
+        )
+        return (dx, *nothing[:5], *grads[:_M], *nothing[: _C + _S])
+
+
+class _FusionEquilibrium(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        modalities: Tensor, injection: Tensor, init: Tensor | None, gate_mask: Tensor | None,
+        fusion_mask: Tensor | None, tolerance: Tensor | None, record: bool,
+        adjoint: tuple[Any, ...], *rest: Any,
+    ) -> Any:  # fmt: skip
+        return torch.ops.deqfusion.fusion_equilibrium(
+            modalities, injection, init, gate_mask, fusion_mask, *rest, tolerance, record
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        modalities, injection, _, gate_mask, fusion_mask, _, _, adjoint, *rest = inputs
+        state, status, steps, residual, trace = output
+        ctx.mark_non_differentiable(status, steps, residual, trace)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            modalities, injection, gate_mask, fusion_mask, state, status, *rest[:_F]
+        )
+        ctx.adjoint, ctx.cell = adjoint, rest[_F : _F + _C]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
+        nothing = (None,) * (8 + _F + _C + _S)
+        if gradient is None:
+            return nothing
+        modalities, injection, gate_mask, fusion_mask, state, status, *p = ctx.saved_tensors
+        dm, dx, *grads = torch.ops.deqfusion.fusion_adjoint(
+            gradient, state, status, modalities, injection, gate_mask, fusion_mask, *p, *ctx.cell,
+            *ctx.adjoint,
+        )  # fmt: skip
+        return (dm, dx, *nothing[:6], *grads[:_F], *nothing[: _C + _S])
+
+
+class _JointEquilibrium(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, injection: Tensor, init: Tensor | None, present: Tensor | None,
+        gate_mask: Tensor | None, fusion_mask: Tensor | None, tolerance: Tensor | None,
+        record: bool, adjoint: tuple[Any, ...], *rest: Any,
+    ) -> Any:  # fmt: skip
+        return torch.ops.deqfusion.joint_equilibrium(
+            x, injection, init, present, gate_mask, fusion_mask, *rest, tolerance, record
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, injection, _, present, gate_mask, fusion_mask, _, _, adjoint, *rest = inputs
+        state, status, steps, residual, trace = output
+        ctx.mark_non_differentiable(status, steps, residual, trace)
+        ctx.save_for_backward(
+            x, injection, present, gate_mask, fusion_mask, state, status, *rest[: _M + _F]
+        )
+        ctx.adjoint, ctx.cell = adjoint, rest[_M + _F : _M + _F + _C]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+        x, injection, present, gate_mask, fusion_mask, state, status, *p = ctx.saved_tensors
+        dm, dinjection, *fusion = torch.ops.deqfusion.fusion_adjoint(
+            gradient[-1], state[-1], status[-1], state[:-1], injection, gate_mask, fusion_mask,
+            *p[_M:], *ctx.cell, *ctx.adjoint,
+        )  # fmt: skip
+        dx, *modality = torch.ops.deqfusion.modality_adjoint(
+            gradient[:-1] + dm, state[:-1], status[:-1], x, present, *p[:_M], *ctx.cell,
+            *ctx.adjoint,
+        )  # fmt: skip
+        nothing = (None,) * 7
+        rest = (None,) * (_C + _S)
+        return (dx, dinjection, *nothing, *modality[:_M], *fusion[:_F], *rest)
+
+
+def modality_equilibrium(
+    x: Tensor,
+    parameters: ModalityParameters,
+    *,
+    cell: CellOptions = CellOptions(),  # noqa: B008
+    solver: Solver = Anderson(),  # noqa: B008
+    adjoint: Adjoint = Implicit(),  # noqa: B008
+    init: Tensor | None = None,
+    present: Tensor | None = None,
+    tolerance: Tensor | None = None,
+    trace: bool = False,
+) -> BlockSolution:
+    """The N modality equilibria z_i* = f_i(z_i*; x_i) of every row, in one solve.
+
+    Args:
+        x: (N, R, d) features, fp64, fp32, bf16 or fp16.
+        parameters: of the modality blocks, in the dtype of x.
+        cell: equations.
+        solver: forward solver.
+        adjoint: `Implicit`, `Phantom` or `OneStep`.
+        init: (N, R, d), where to start; None starts from 0. No gradient flows to it.
+        present: bool (N, R); absent modalities are left out (state 0, gradient 0).
+        tolerance: () float tensor in place of `solver.tol`.
+        trace: whether to record residuals.
+
+    Returns:
+        `BlockSolution` with state (N, R, d).
+
+    Source: arXiv 2306.16645, equations 3 to 5; gradients by the implicit function theorem.
+    """
+    state, *rest = _ModalityEquilibrium.apply(
+        x, init, present, tolerance, trace, tuple(adjoint_options(adjoint)), *parameters, *cell,
+        *solver_options(solver),
+    )  # fmt: skip
+    return BlockSolution(state, *rest)
+
+
+def fusion_equilibrium(
+    modalities: Tensor,
+    injection: Tensor,
+    parameters: FusionParameters,
+    *,
+    cell: CellOptions = CellOptions(),  # noqa: B008
+    solver: Solver = Anderson(),  # noqa: B008
+    adjoint: Adjoint = Implicit(),  # noqa: B008
+    init: Tensor | None = None,
+    gate_mask: Tensor | None = None,
+    fusion_mask: Tensor | None = None,
+    tolerance: Tensor | None = None,
+    trace: bool = False,
+) -> BlockSolution:
+    """The fusion equilibrium z_f* of every row, for given modality states.
+
+    Args:
+        modalities: (N, R, d), z_i*; held fixed in the solve, differentiated through.
+        injection: (R, d), x_f, see `inject`.
+        parameters: of the fusion block, in the dtype of the tensors.
+        init: (R, d), where to start; None starts from 0.
+        gate_mask: (N, R, 1 or d), factor on the gates (presence, dropout).
+        fusion_mask: (R, d), factor on W_f u + b_f (dropout).
+        cell, solver, adjoint, tolerance, trace: as in `modality_equilibrium`.
+
+    Returns:
+        `BlockSolution` with state (R, d).
+
+    Source: arXiv 2306.16645, equations 6 and 7.
+    """
+    state, *rest = _FusionEquilibrium.apply(
+        modalities, injection, init, gate_mask, fusion_mask, tolerance, trace,
+        tuple(adjoint_options(adjoint)), *parameters, *cell, *solver_options(solver),
+    )  # fmt: skip
+    return BlockSolution(state, *rest)
+
+
+def joint_equilibrium(
+    x: Tensor,
+    injection: Tensor,
+    modality_parameters: ModalityParameters,
+    fusion_parameters: FusionParameters,
+    *,
+    cell: CellOptions = CellOptions(),  # noqa: B008
+    solver: Solver = Anderson(),  # noqa: B008
+    adjoint: Adjoint = Implicit(),  # noqa: B008
+    init: Tensor | None = None,
+    present: Tensor | None = None,
+    gate_mask: Tensor | None = None,
+    fusion_mask: Tensor | None = None,
+    tolerance: Tensor | None = None,
+    trace: bool = False,
+) -> BlockSolution:
+    """The fixed point of the joint map by one solve of the whole state, as the paper's code does.
+
+    Arguments as in `modality_equilibrium` and `fusion_equilibrium`; `init` is (N+1, R, d).
+
+    Returns:
+        `BlockSolution` with state (N+1, R, d); the statistics, those of the whole state, are
+        repeated for every block.
+    """
+    state, *rest = _JointEquilibrium.apply(
+        x, injection, init, present, gate_mask, fusion_mask, tolerance, trace,
+        tuple(adjoint_options(adjoint)), *modality_parameters, *fusion_parameters, *cell,
+        *solver_options(solver),
+    )  # fmt: skip
+    return BlockSolution(state, *rest)
+
+
+def modality_adjoint(
+    gradient: Tensor,
+    z: Tensor,
+    x: Tensor,
+    parameters: ModalityParameters,
+    *,
+    cell: CellOptions = CellOptions(),  # noqa: B008
+    adjoint: Adjoint = Implicit(),  # noqa: B008
+    status: Tensor | None = None,
+    present: Tensor | None = None,
+) -> tuple[Tensor, ModalityParameters, LinearStats]:
+    """What backward runs for the modality equilibria, with the statistics of its linear solve.
+
+    Args:
+        gradient: (N, R, d), dL/dz*.
+        z: (N, R, d), the equilibrium for features x (N, R, d).
+        status: int32 (N, R) of the forward solve; None takes every row as CONVERGED.
+        parameters, cell, adjoint, present: as in `modality_equilibrium`.
+
+    Returns:
+        (dL/dx (N, R, d), gradients of the parameters, statistics (N, R) each).
+    """
+    if status is None:
+        status = torch.zeros(z.shape[:2], dtype=torch.int32, device=z.device)
+    dx, *rest = torch.ops.deqfusion.modality_adjoint(
+        gradient, z, status, x, present, *parameters, *cell, *adjoint_options(adjoint)
+    )
+    return dx, ModalityParameters(*rest[:_M]), LinearStats(*rest[_M:])
+
+
+def fusion_adjoint(
+    gradient: Tensor,
+    z: Tensor,
+    modalities: Tensor,
+    injection: Tensor,
+    parameters: FusionParameters,
+    *,
+    cell: CellOptions = CellOptions(),  # noqa: B008
+    adjoint: Adjoint = Implicit(),  # noqa: B008
+    status: Tensor | None = None,
+    gate_mask: Tensor | None = None,
+    fusion_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, FusionParameters, LinearStats]:
+    """What backward runs for the fusion equilibrium, with the statistics of its linear solve.
+
+    Args:
+        gradient, z: (R, d), dL/dz_f* and z_f*.
+        modalities, injection, parameters, cell, adjoint, gate_mask, fusion_mask: as in
+            `fusion_equilibrium`.
+        status: int32 (R,) of the forward solve; None takes every row as CONVERGED.
+
+    Returns:
+        (dL/dz_i (N, R, d), dL/dx_f (R, d), gradients of the parameters, statistics (R,) each).
+    """
+    if status is None:
+        status = torch.zeros(z.shape[:1], dtype=torch.int32, device=z.device)
+    dm, dx, *rest = torch.ops.deqfusion.fusion_adjoint(
+        gradient, z, status, modalities, injection, gate_mask, fusion_mask, *parameters, *cell,
+        *adjoint_options(adjoint),
+    )  # fmt: skip
+    return dm, dx, FusionParameters(*rest[:_F]), LinearStats(*rest[_F:])
+
+

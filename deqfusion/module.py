@@ -1,0 +1,441 @@
+r"""`DEQFusion`: N modality features in, their fused equilibrium out.
+
+The joint map is block-triangular (z_i sees neither z_f nor z_j), so the layer solves the N modality
+equilibria in one batched solve and then the fusion equilibrium with z_i* held fixed; the fixed
+point is that of the joint map, which `DEQFusion.cell` evaluates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deqfusion import diagnostics, functional, regularization
+from deqfusion import validation as check
+from deqfusion.adjoint import Adjoint, Implicit, Unroll
+from deqfusion.functional import CellOptions, FusionParameters, ModalityParameters
+from deqfusion.reference import cell as equations
+from deqfusion.solution import Equilibrium, SolveStats, Status
+from deqfusion.solvers import Anderson, Solver, ToleranceSchedule
+
+__all__ = ["DEQFusion"]
+
+Features = Sequence[Tensor] | Tensor
+
+
+class DEQFusion(nn.Module):
+    """Deep equilibrium multimodal fusion (Ni et al., arXiv 2306.16645).
+
+    Args:
+        dim: width d of every modality feature.
+        num_modalities: N >= 1.
+        num_groups: groups G of every GroupNorm; divides `dim`.
+        gate: "sigmoid", or "identity" as in the authors' released code.
+        gate_input: "sum" (W_g (z_f + z_i)) or "concat" (W_g [z_f ; z_i]).
+        skip: adds z_i before the last activation of a modality block (the authors' code has it on,
+            the paper's equation off).
+        tail: "relu_norm" or, for the fusion block of the authors' MM-IMDB code, "norm_relu".
+        dropout: probability in [0, 1) on the gates and on the fusion product, in training mode,
+            with one mask per solve (a fresh mask per step would have no fixed point).
+        solver: `Anderson`, `Picard` or `Broyden`.
+        adjoint: backward mode, `Implicit`, `Phantom`, `OneStep` or `Unroll`.
+        joint: solves the whole state as one problem, for comparison with the paper's traces;
+            slower, same fixed point.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was got and what was expected.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_modalities: int,
+        *,
+        num_groups: int = 4,
+        gate: str = "sigmoid",
+        gate_input: str = "sum",
+        skip: bool = False,
+        tail: str = "relu_norm",
+        dropout: float = 0.0,
+        solver: Solver = Anderson(),  # noqa: B008
+        adjoint: Adjoint = Implicit(),  # noqa: B008
+        joint: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check.count("dim", dim, minimum=1)
+        check.count("num_modalities", num_modalities, minimum=1)
+        check.count("num_groups", num_groups, minimum=1)
+        if dim % num_groups:
+            raise ValueError(f"num_groups: got {num_groups}, expected a divisor of dim = {dim}")
+        check.choice("gate", gate, ("sigmoid", "identity"))
+        check.choice("gate_input", gate_input, ("sum", "concat"))
+        check.boolean("skip", skip)
+        check.choice("tail", tail, ("relu_norm", "norm_relu"))
+        check.probability("dropout", dropout)
+        check.instance("solver", solver, Solver)
+        check.instance("adjoint", adjoint, Adjoint)
+        check.boolean("joint", joint)
+        self.dim, self.num_modalities = dim, num_modalities
+        self.options = CellOptions(num_groups, gate, gate_input, skip, tail)
+        self.dropout, self.solver, self.adjoint, self.joint = dropout, solver, adjoint, joint
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        n, d = num_modalities, dim
+        self.modality_weight1, self.modality_bias1 = parameter(n, d, d), parameter(n, d)
+        self.norm1_weight, self.norm1_bias = parameter(n, d), parameter(n, d)
+        self.modality_weight2, self.modality_bias2 = parameter(n, d, d), parameter(n, d)
+        self.norm2_weight, self.norm2_bias = parameter(n, d), parameter(n, d)
+        self.norm3_weight, self.norm3_bias = parameter(n, d), parameter(n, d)
+        self.gate_weight = parameter(d, 2 * d if gate_input == "concat" else d)
+        self.gate_bias = parameter(d)
+        self.fusion_weight, self.fusion_bias = parameter(d, d), parameter(d)
+        self.fusion_norm_weight, self.fusion_norm_bias = parameter(d), parameter(d)
+        self.injection_weight, self.injection_bias = parameter(n), parameter(1)
+        if isinstance(solver.tol, ToleranceSchedule):
+            self.register_buffer("solver_progress", torch.zeros((), dtype=torch.long))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws products from U(+-1/sqrt(fan_in)) as `nn.Linear` does; norms and injection 1 and 0."""
+        with torch.no_grad():
+            for weight, bias in (
+                (self.modality_weight1, self.modality_bias1),
+                (self.modality_weight2, self.modality_bias2),
+                (self.gate_weight, self.gate_bias),
+                (self.fusion_weight, self.fusion_bias),
+            ):
+                bound = 1 / math.sqrt(weight.shape[-1])
+                weight.uniform_(-bound, bound)
+                bias.uniform_(-bound, bound)
+            for name, value in self.named_parameters():
+                if "norm" in name or "injection" in name:
+                    value.fill_(1.0 if name.endswith("weight") else 0.0)
+            if isinstance(self.solver.tol, ToleranceSchedule):
+                self.solver_progress.zero_()
+
+    def extra_repr(self) -> str:
+        """Every option that differs from its default, after the two sizes."""
+        parts = [f"{self.dim}, {self.num_modalities}"]
+        default = CellOptions()
+        for name in ("num_groups", "gate", "gate_input", "skip", "tail"):
+            if getattr(self.options, name) != getattr(default, name):
+                parts.append(f"{name}={getattr(self.options, name)!r}")
+        if self.dropout:
+            parts.append(f"dropout={self.dropout}")
+        if self.joint:
+            parts.append("joint=True")
+        return ", ".join([*parts, f"solver={self.solver}", f"adjoint={self.adjoint}"])
+
+    @property
+    def modality_parameters(self) -> ModalityParameters:
+        """The modality blocks' parameters as the functional interface takes them."""
+        return ModalityParameters(
+            self.modality_weight1, self.modality_bias1, self.norm1_weight, self.norm1_bias,
+            self.modality_weight2, self.modality_bias2, self.norm2_weight, self.norm2_bias,
+            self.norm3_weight, self.norm3_bias,
+        )  # fmt: skip
+
+    @property
+    def fusion_parameters(self) -> FusionParameters:
+        """The fusion block's parameters as the functional interface takes them."""
+        return FusionParameters(
+            self.gate_weight, self.gate_bias, self.fusion_weight, self.fusion_bias,
+            self.fusion_norm_weight, self.fusion_norm_bias,
+        )  # fmt: skip
+
+    def forward(
+        self, features: Features, init: Tensor | Equilibrium | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The fused equilibrium z_f* (..., d); arguments as in `equilibrium`."""
+        return self.equilibrium(features, init=init, mask=mask).fused
+
+    def equilibrium(
+        self,
+        features: Features,
+        init: Tensor | Equilibrium | None = None,
+        mask: Tensor | None = None,
+        *,
+        injection: Tensor | None = None,
+        trace: bool = False,
+    ) -> Equilibrium:
+        """Solves for the equilibrium of every row.
+
+        Args:
+            features: sequence of N tensors (..., d), or one (N, ..., d); floating point, in the
+                parameters' dtype (under autocast any). Leading dimensions are rows.
+            init: where to start: a state (N+1, ..., d), modalities then fusion, or an earlier
+                equilibrium. None starts from 0.
+            mask: bool (..., N), True where a modality is missing; it is left out of x_f and of the
+                gate sum, its state is 0, and its features are not looked at.
+            injection: (..., d), x_f given by the caller in place of sum_i w_i x_i + b.
+            trace: records the residual of every evaluation in `stats.trace`.
+
+        Returns:
+            The equilibrium; `stats` has shape (N+1, ...).
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was got and what was expected.
+        """
+        rows = self._rows(features, mask, injection)
+        leading, shape = rows.leading, (self.num_modalities, *rows.leading, self.dim)
+        start = self._start(init, leading, rows.x.dtype)
+        gate_mask, fusion_mask = self._masks(rows.x, rows.present)
+        if isinstance(self.adjoint, Unroll):
+            state, stats = self._unroll(rows, start, gate_mask, fusion_mask, trace)
+            z, fused = state[:-1], state[-1]
+        else:
+            z, fused, stats = self._solve(rows, start, gate_mask, fusion_mask, trace)
+        stats = SolveStats(
+            *(
+                None if t is None else t.reshape(t.shape[0], *leading, *t.shape[2:])
+                for t in (
+                    stats.status, stats.steps, stats.residual, stats.trace, stats.absolute_trace
+                )
+            )  # type: ignore[arg-type]
+        )  # fmt: skip
+        return Equilibrium(fused.reshape(shape[1:]), z.reshape(shape), stats)
+
+    def cell(
+        self, state: Tensor, features: Features, mask: Tensor | None = None,
+        injection: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """One step of the joint map, without dropout; differentiable.
+
+        Args:
+            state: (N+1, ..., d), modalities then fusion.
+            features, mask, injection: as in `equilibrium`.
+
+        Returns:
+            (N+1, ..., d).
+        """
+        rows = self._rows(features, mask, injection)
+        check.state(state, self.num_modalities, rows.leading, self.dim, "state")
+        out = equations.joint_cell(
+            state.reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype), rows.x,
+            rows.injection, self.modality_parameters, self.fusion_parameters, self.options,
+            rows.gate_mask,
+        )  # fmt: skip
+        if rows.present is not None:
+            out = _clear_absent(out, rows.present)
+        return out.reshape(state.shape)
+
+    def jacobian_penalty(
+        self, eq: Equilibrium, features: Features, probes: int = 1, mask: Tensor | None = None,
+        injection: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Hutchinson estimate of ||J||_F^2 / numel, J the joint map's Jacobian at `eq`.
+
+        See `deqfusion.regularization.jacobian_penalty`. Differentiable with respect to parameters
+        and features; the state is held fixed, as in the authors' code.
+
+        Args:
+            eq: an equilibrium of these features.
+            features, mask, injection: as in `equilibrium`.
+            probes: Gaussian probes averaged, >= 1.
+
+        Returns:
+            () in the parameters' dtype.
+        """
+        check.count("probes", probes, minimum=1)
+        rows = self._rows(features, mask, injection)
+        return regularization.jacobian_penalty(
+            eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype),
+            rows.x, rows.injection, self.modality_parameters, self.fusion_parameters, self.options,
+            rows.gate_mask, rows.present, probes,
+        )  # fmt: skip
+
+    def spectral_radius(
+        self, eq: Equilibrium, features: Features, steps: int = 50, mask: Tensor | None = None,
+        injection: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Spectral radius of the joint map's Jacobian at `eq`, per row (...).
+
+        See `deqfusion.diagnostics.spectral_radius`; `steps` is the dimension of the Krylov space.
+        """
+        check.count("steps", steps, minimum=1)
+        rows = self._rows(features, mask, injection)
+        state = eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim)
+        return diagnostics.spectral_radius(
+            state.to(rows.x.dtype), rows.x, rows.injection, self.modality_parameters,
+            self.fusion_parameters, self.options, rows.gate_mask, rows.present, steps,
+        ).reshape(rows.leading)  # fmt: skip
+
+    def modality_weights(self, eq: Equilibrium, mask: Tensor | None = None) -> Tensor:
+        """How much each modality's gate opens: mean |a_i| over channels, normalised to sum 1.
+
+        Args:
+            eq: an equilibrium of this layer.
+            mask: as in `equilibrium`; a missing modality weighs 0.
+
+        Returns:
+            (N, ...).
+        """
+        leading = eq.fused.shape[:-1]
+        present = None if mask is None else check.mask(mask, leading, self.num_modalities)
+        weights = diagnostics.modality_weights(
+            eq.modalities.detach().reshape(self.num_modalities, -1, self.dim),
+            eq.fused.detach().reshape(-1, self.dim), self.fusion_parameters, self.options,
+            None if present is None else present.unsqueeze(-1).to(eq.fused.dtype),
+        )  # fmt: skip
+        return weights.reshape(self.num_modalities, *leading)
+
+    def _rows(self, features: Features, mask: Tensor | None, injection: Tensor | None) -> _Rows:
+        """Checks the inputs and brings them to (N, R, d)."""
+        x = check.stack_features(features, self.num_modalities, self.dim)
+        weight = self.modality_weight1
+        check.same_device("features", x, weight.device, "the parameters")
+        if torch.is_autocast_enabled(x.device.type):
+            # The solve chooses its own precisions; autocast only relaxes what comes in.
+            x = x.to(weight.dtype)
+        elif x.dtype != weight.dtype:
+            raise TypeError(
+                f"features: got dtype {x.dtype}, expected {weight.dtype} as the parameters (or "
+                "call under torch.autocast)"
+            )
+        leading = x.shape[1:-1]
+        x = x.reshape(self.num_modalities, -1, self.dim) if leading.numel() else x.reshape(
+            self.num_modalities, 0, self.dim
+        )  # fmt: skip
+        present = None
+        if mask is not None:
+            present = check.mask(mask, leading, self.num_modalities)
+            check.same_device("mask", present, x.device, "the features")
+            # Whatever stands for a missing feature, NaN included, must not reach a product.
+            x = torch.where(present.unsqueeze(-1), x, 0.0)
+        if injection is None:
+            x_f = functional.inject(x, self.injection_weight, self.injection_bias)
+        else:
+            if tuple(injection.shape) != (*leading, self.dim):
+                raise ValueError(
+                    f"injection: got shape {tuple(injection.shape)}, expected "
+                    f"{(*leading, self.dim)}"
+                )
+            x_f = injection.reshape(x.shape[1:]).to(x.dtype)
+        return _Rows(x, x_f, present, leading)
+
+    def _start(
+        self, init: Tensor | Equilibrium | None, leading: torch.Size, dtype: torch.dtype
+    ) -> Tensor | None:
+        if init is None:
+            return None
+        value = init.state if isinstance(init, Equilibrium) else init
+        check.state(value, self.num_modalities, leading, self.dim, "init")
+        check.same_device("init", value, self.modality_weight1.device, "the parameters")
+        rows = leading.numel()
+        return value.detach().reshape(self.num_modalities + 1, rows, self.dim).to(dtype)
+
+    def _masks(
+        self, x: Tensor, present: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Factors on the gates (N, R, 1 or d) and on the fusion product (R, d): one per solve."""
+        gate = None if present is None else present.unsqueeze(-1).to(x.dtype)
+        if not (self.training and self.dropout):
+            return gate, None
+        keep = 1.0 - self.dropout
+        drop = torch.bernoulli(torch.full_like(x, keep)) / keep
+        fusion = torch.bernoulli(torch.full_like(x[0], keep)) / keep
+        return (drop if gate is None else gate * drop), fusion
+
+    def _tolerance(self) -> Tensor | None:
+        """The schedule's tolerance as a tensor; None for a constant one."""
+        tol = self.solver.tol
+        if not isinstance(tol, ToleranceSchedule) or not self.training:
+            return None
+        tolerance = tol.at(self.solver_progress)
+        self.solver_progress.add_(1)
+        return tolerance
+
+    def _solve(
+        self, rows: _Rows, start: Tensor | None, gate_mask: Tensor | None,
+        fusion_mask: Tensor | None, trace: bool,
+    ) -> tuple[Tensor, Tensor, SolveStats]:  # fmt: skip
+        tolerance = self._tolerance()
+        with torch.autocast(rows.x.device.type, enabled=False):
+            if self.joint:
+                whole = functional.joint_equilibrium(
+                    rows.x, rows.injection, self.modality_parameters, self.fusion_parameters,
+                    cell=self.options, solver=self.solver, adjoint=self.adjoint, init=start,
+                    present=rows.present, gate_mask=gate_mask, fusion_mask=fusion_mask,
+                    tolerance=tolerance, trace=trace,
+                )  # fmt: skip
+                return whole.state[:-1], whole.state[-1], _stats(whole[1:], trace)
+            z = functional.modality_equilibrium(
+                rows.x, self.modality_parameters, cell=self.options, solver=self.solver,
+                adjoint=self.adjoint, init=None if start is None else start[:-1],
+                present=rows.present, tolerance=tolerance, trace=trace,
+            )  # fmt: skip
+            fused = functional.fusion_equilibrium(
+                z.state, rows.injection, self.fusion_parameters, cell=self.options,
+                solver=self.solver, adjoint=self.adjoint,
+                init=None if start is None else start[-1], gate_mask=gate_mask,
+                fusion_mask=fusion_mask, tolerance=tolerance, trace=trace,
+            )  # fmt: skip
+        both = [torch.cat((a, b.unsqueeze(0))) for a, b in zip(z[1:], fused[1:], strict=True)]
+        return z.state, fused.state, _stats(both, trace)
+
+    def _unroll(
+        self, rows: _Rows, start: Tensor | None, gate_mask: Tensor | None,
+        fusion_mask: Tensor | None, trace: bool,
+    ) -> tuple[Tensor, SolveStats]:  # fmt: skip
+        """K differentiable steps of the joint map; the statistics are those of the last step."""
+        assert isinstance(self.adjoint, Unroll)
+        x = rows.x
+        state = x.new_zeros(self.num_modalities + 1, *x.shape[1:]) if start is None else start
+        norms = []
+        with torch.autocast(x.device.type, enabled=False):
+            for _ in range(self.adjoint.steps):
+                new = equations.joint_cell(
+                    state, x, rows.injection, self.modality_parameters, self.fusion_parameters,
+                    self.options, gate_mask, fusion_mask,
+                )  # fmt: skip
+                if rows.present is not None:
+                    new = _clear_absent(new, rows.present)
+                change, size = (new - state).detach().norm(dim=-1), new.detach().norm(dim=-1)
+                norms.append(torch.stack((change, size), -1))
+                state = new
+        change, size = norms[-1].unbind(-1)
+        residual = torch.where(change == 0, 0.0, change / size).float()
+        met = change <= self.solver.atol + self.solver.final_tol * size
+        status = torch.where(met, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        status = torch.where(residual.isfinite(), status, int(Status.NON_FINITE)).int()
+        steps = torch.full_like(status, self.adjoint.steps)
+        recorded = torch.stack(norms, 2).float()
+        return state, _stats((status, steps, residual, recorded), trace)
+
+
+class _Rows:
+    """Checked inputs: x (N, R, d), injection (R, d), present bool (N, R) or None."""
+
+    def __init__(
+        self, x: Tensor, injection: Tensor, present: Tensor | None, leading: torch.Size
+    ) -> None:
+        self.x, self.injection, self.present, self.leading = x, injection, present, leading
+
+    @property
+    def gate_mask(self) -> Tensor | None:
+        """Presence as a factor on the gates (N, R, 1)."""
+        return None if self.present is None else self.present.unsqueeze(-1).to(self.x.dtype)
+
+
+def _clear_absent(state: Tensor, present: Tensor) -> Tensor:
+    """The state (N+1, R, d) with 0 for absent modalities."""
+    return torch.cat((torch.where(present.unsqueeze(-1), state[:-1], 0.0), state[-1:]))
+
+
+def _stats(parts: Sequence[Tensor], trace: bool) -> SolveStats:
+    """Statistics (N+1, R) from status, steps, residual and the recorded norms (N+1, R, T, 2)."""
+    status, steps, residual, recorded = parts
+    if not trace:
+        return SolveStats(status, steps, residual)
+    change, size = recorded.unbind(-1)
+    relative = torch.where(change == 0, 0.0, change / size)
+    return SolveStats(status, steps, residual, relative, change)

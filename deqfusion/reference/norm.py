@@ -1,0 +1,79 @@
+"""GroupNorm inside the solves, on rows (..., d) seen as (..., G, d / G).
+
+The mean over a group of W z + b is linear in z, so weights and biases whose output is normalised
+straight away are centred once per solve (`centre`), and the steps need no means. The variance is
+that of the centred values, never E[x^2] - E[x]^2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deqfusion.reference.product import take_rows
+
+
+def centre(x: Tensor, groups: int, dim: int = -1) -> Tensor:
+    """x minus its mean over each group of dimension `dim` (negative)."""
+    grouped = x.unflatten(dim, (groups, -1))
+    return (grouped - grouped.mean(dim, keepdim=True)).flatten(dim - 1, dim)
+
+
+def centre_(x: Tensor, groups: int) -> Tensor:
+    """Subtracts the group means of the last dimension in place."""
+    grouped = x.unflatten(-1, (groups, -1))
+    grouped.sub_(grouped.mean(-1, keepdim=True))
+    return x
+
+
+def inverse_deviation(centred: Tensor, groups: int, eps: float) -> Tensor:
+    """1 / sqrt(variance + eps) of each group of centred rows (..., d): (..., G, 1)."""
+    grouped = centred.unflatten(-1, (groups, -1))
+    norm = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)
+    return norm.square_().div_(grouped.shape[-1]).add_(eps).rsqrt_()
+
+
+def multiply_groups(x: Tensor, factor: Tensor) -> Tensor:
+    """x (..., d) times a factor per group (..., G, 1)."""
+    return (x.unflatten(-1, (factor.shape[-2], -1)) * factor).flatten(-2)
+
+
+def multiply_groups_(x: Tensor, factor: Tensor) -> Tensor:
+    """`multiply_groups` in place."""
+    x.unflatten(-1, (factor.shape[-2], -1)).mul_(factor)
+    return x
+
+
+class NormVJP:
+    """VJP of x -> (x - mean) / deviation at a point, group by group.
+
+    (I - 1 1^T / n - xhat xhat^T / n) gradient / deviation, by the layer-norm backward kernel, which
+    reads a row twice and writes it once.
+
+    Args:
+        centred: (..., d) contiguous, x minus its group means.
+        rstd: (..., G, 1), inverse deviations.
+    """
+
+    def __init__(self, centred: Tensor, rstd: Tensor) -> None:
+        self.centred, self.rstd = centred, rstd
+        self.size = centred.shape[-1] // rstd.shape[-2]
+        self.mean = rstd.new_zeros(rstd.numel(), 1)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        if gradient.numel() == 0:
+            return gradient
+        out, _, _ = torch.ops.aten.native_layer_norm_backward(
+            gradient.reshape(-1, self.size), self.centred.reshape(-1, self.size), (self.size,),
+            self.mean, self.rstd.reshape(-1, 1), None, None, [True, False, False],
+        )  # fmt: skip
+        return out.reshape(gradient.shape)
+
+    def normalized(self) -> Tensor:
+        """xhat (..., d)."""
+        return multiply_groups(self.centred, self.rstd)
+
+    def take(self, index: Tensor) -> NormVJP:
+        """The same for the rows index (K, S) of (K, R, d)."""
+        rstd = take_rows(self.rstd.squeeze(-1), index)
+        return NormVJP(take_rows(self.centred, index), rstd.unsqueeze(-1))

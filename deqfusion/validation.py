@@ -1,0 +1,188 @@
+"""Every check of a user's input, and the wording of its error: what was got, what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "boolean",
+    "choice",
+    "count",
+    "fraction",
+    "instance",
+    "mask",
+    "non_negative",
+    "positive",
+    "probability",
+    "stack_features",
+]
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected a number")
+    return float(value)
+
+
+def positive(name: str, value: Any) -> None:
+    """A finite number > 0."""
+    number = _number(name, value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number > 0")
+
+
+def non_negative(name: str, value: Any) -> None:
+    """A finite number >= 0."""
+    number = _number(name, value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
+
+
+def fraction(name: str, value: Any) -> None:
+    """A number in (0, 1]."""
+    if not 0 < _number(name, value) <= 1:
+        raise ValueError(f"{name}: got {value!r}, expected a number in (0, 1]")
+
+
+def probability(name: str, value: Any) -> None:
+    """A number in [0, 1)."""
+    if not 0 <= _number(name, value) < 1:
+        raise ValueError(f"{name}: got {value!r}, expected a number in [0, 1)")
+
+
+def count(name: str, value: Any, minimum: int) -> None:
+    """An integer >= `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an integer")
+    if value < minimum:
+        raise ValueError(f"{name}: got {value}, expected an integer >= {minimum}")
+
+
+def boolean(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected True or False")
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """One of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def instance(name: str, value: Any, kind: type) -> None:
+    """An instance of a subclass of `kind` (which is abstract)."""
+    if not isinstance(value, kind) or type(value) is kind:
+        names = ", ".join(sorted(sub.__name__ for sub in kind.__subclasses__()))
+        raise TypeError(f"{name}: got {value!r}, expected an instance of one of: {names}")
+
+
+def stack_features(features: Sequence[Tensor] | Tensor, modalities: int, dim: int) -> Tensor:
+    """Checks the modality features and stacks them to (N, ..., d).
+
+    Args:
+        features: a sequence of N tensors (..., d), or one tensor (N, ..., d); floating point, one
+            shape, one device.
+
+    Returns:
+        (N, ..., d) in the promoted dtype of the features.
+
+    Raises:
+        ValueError, TypeError: naming the feature, what was got and what was expected.
+    """
+    if isinstance(features, Tensor):
+        if features.dim() < 2:
+            raise ValueError(
+                f"features: got a tensor of shape {tuple(features.shape)}, expected (N, ..., d) = "
+                f"({modalities}, ..., {dim}), or a sequence of {modalities} tensors (..., {dim})"
+            )
+        parts: Sequence[Tensor] = features.unbind(0)
+    elif isinstance(features, (list, tuple)):
+        parts = features
+    else:
+        raise TypeError(
+            f"features: got {type(features).__name__}, expected a sequence of {modalities} tensors "
+            f"(..., {dim}) or one tensor ({modalities}, ..., {dim})"
+        )
+    if len(parts) != modalities:
+        raise ValueError(f"features: got {len(parts)} modalities, expected {modalities}")
+    for index, part in enumerate(parts):
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                f"features[{index}]: got {type(part).__name__}, expected a tensor (..., {dim})"
+            )
+        if not part.is_floating_point():
+            raise TypeError(
+                f"features[{index}]: got dtype {part.dtype}, expected a floating-point dtype"
+            )
+        if part.dim() < 1 or part.shape[-1] != dim:
+            raise ValueError(
+                f"features[{index}]: got shape {tuple(part.shape)}, expected width {dim} in the "
+                f"last dimension: (..., {dim})"
+            )
+        if part.shape != parts[0].shape:
+            raise ValueError(
+                f"features[{index}]: got shape {tuple(part.shape)}, expected "
+                f"{tuple(parts[0].shape)} as features[0]"
+            )
+        if part.device != parts[0].device:
+            raise ValueError(
+                f"features[{index}]: got device {part.device}, expected {parts[0].device} as "
+                "features[0]"
+            )
+    return features if isinstance(features, Tensor) else torch.stack(tuple(parts))
+
+
+def same_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:
+    """A tensor on `device`."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected {device} as {whose}")
+
+
+def mask(value: Tensor, leading: torch.Size, modalities: int) -> Tensor:
+    """Checks the missing-modality mask and returns which are present, as bool (N, rows).
+
+    Args:
+        value: bool (..., N), True where a modality is missing; at least one False per row.
+        leading: leading dimensions of the features.
+
+    Raises:
+        ValueError, TypeError: on a wrong shape or dtype, or a row without any modality.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"mask: got {type(value).__name__}, expected a tensor (..., {modalities})")
+    if value.dtype != torch.bool:
+        raise TypeError(f"mask: got dtype {value.dtype}, expected torch.bool (True = missing)")
+    expected = (*leading, modalities)
+    if tuple(value.shape) != expected:
+        raise ValueError(f"mask: got shape {tuple(value.shape)}, expected {expected}")
+    present = ~value.reshape(-1, modalities)
+    every_row = present.any(dim=1)
+    if torch.compiler.is_compiling() or value.device.type != "cpu":
+        # Neither a graph break nor a wait for the device: the check runs where the data is.
+        torch._assert_async(every_row.all(), "mask: a row has no modality present")
+    elif not bool(every_row.all()):
+        empty = int((~every_row).sum())
+        raise ValueError(
+            f"mask: got {empty} of {every_row.numel()} rows with no modality present (True = "
+            "missing), expected at least one per row"
+        )
+    return present.t().contiguous()
+
+
+def state(value: Tensor, modalities: int, leading: torch.Size, dim: int, name: str) -> None:
+    """A floating-point state (N+1, ..., d)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, expected a tensor (N+1, ..., d) or an Equilibrium"
+        )
+    expected = (modalities + 1, *leading, dim)
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point dtype")
