@@ -1,0 +1,98 @@
+"""Encoders, a fusion and a linear head: the model of the classification tasks.
+
+x_i (rows, width_i) -> ReLU(Linear), dropout -> (rows, dim)  --fusion-->  (rows, dim) -> logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adjoint import Implicit
+from ..fusions import build_fusion
+from ..module import DEQFusion
+from ..solution import Equilibrium
+from ..solvers import Anderson
+
+
+class ClassifierOutput(NamedTuple):
+    """Result of a `MultimodalClassifier`.
+
+    Attributes:
+        logits: (rows, classes).
+        features: the encoded modalities, each (rows, dim).
+        equilibrium: the fusion's solution, where the fusion has one.
+    """
+
+    logits: Tensor
+    features: tuple[Tensor, ...]
+    equilibrium: Equilibrium | None
+
+
+class MultimodalClassifier(nn.Module):
+    """One encoder per modality, a fusion by name, a linear head.
+
+    Args:
+        input_widths: features of each modality.
+        num_classes: classes to tell apart.
+        dim: width of the encoded features.
+        fusion: a name for `build_fusion`.
+        dropout: after each encoder.
+        tol: relative tolerance of the equilibrium and of its adjoint; only for fusion "deq".
+
+    Raises:
+        ValueError: an unknown fusion, or dimensions that it does not accept.
+    """
+
+    def __init__(
+        self,
+        input_widths: Sequence[int],
+        num_classes: int,
+        *,
+        dim: int,
+        fusion: str = "deq",
+        dropout: float = 0.0,
+        tol: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes: got {num_classes}, expected a number >= 2")
+        self.encoders = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, dim), nn.ReLU(), nn.Dropout(dropout))
+            for width in input_widths
+        )
+        options = {}
+        if fusion == "deq":
+            options = {"solver": Anderson(tol=tol), "adjoint": Implicit(solver=Anderson(tol=tol))}
+        self.fusion = build_fusion(fusion, dim, len(input_widths), **options)
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(self, inputs: Sequence[Tensor], *, trace: bool = False) -> ClassifierOutput:
+        """Classify rows.
+
+        Args:
+            inputs: one (rows, width_i) per modality.
+            trace: record the residual of every step of the fusion's solve.
+
+        Returns:
+            ClassifierOutput.
+        """
+        pairs = zip(self.encoders, inputs, strict=True)
+        features = tuple(encoder(view) for encoder, view in pairs)
+        if isinstance(self.fusion, DEQFusion):
+            equilibrium = self.fusion.equilibrium(features, trace=trace)
+            return ClassifierOutput(self.head(equilibrium.fused), features, equilibrium)
+        return ClassifierOutput(self.head(self.fusion(features)), features, None)
+
+    @torch.no_grad()
+    def predict(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return class probabilities (rows, classes), without dropout."""
+        training = self.training
+        self.eval()
+        try:
+            return torch.softmax(self(inputs).logits, dim=-1)
+        finally:
+            self.train(training)

@@ -1,0 +1,279 @@
+"""The demonstration: fusions compared on handwritten digits of which one modality is noise.
+
+For every image one of three modalities, drawn at random, is buried in noise (see `data.digits`).
+Equilibrium fusion is trained beside concatenation, summation, gated fusion and 1, 3 and 10
+weight-tied steps of the same cell: same encoders, same head, same data, same number of epochs, the
+epoch chosen on validation rows. Each seed draws its own split, corruption and parameters, the same
+for every fusion. Then the equilibrium's convergence, its modality weights and its speed are
+measured, and everything goes to one page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import DIGITS_MODALITIES, DigitsPart, load_digits
+from ..module import DEQFusion
+from ..solvers import Anderson, Picard
+from .arguments import real_number, whole_number
+from .classifier import MultimodalClassifier
+from .engine import HISTORY_COLUMNS, FitOptions, Rows, fit
+from .metrics import classification_metrics
+from .runs import write_atomically, write_json
+
+FUSIONS = ("deq", "weight_tied:10", "weight_tied:3", "weight_tied:1", "gated", "concat", "sum")
+_CLASSES = 10
+_TRACE_TOL = 1e-5
+_TRACE_STEPS = 40
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demonstration trains.
+
+    Attributes:
+        fusions: names for `build_fusion`.
+        seeds: each draws split, corruption and parameters.
+        epochs, batch_size, learning_rate, dropout, dim: of every model alike.
+        tol: of the equilibrium.
+        noise: of the corrupted modality, in standard deviations.
+    """
+
+    fusions: Sequence[str] = FUSIONS
+    seeds: Sequence[int] = (0, 1, 2)
+    epochs: int = 30
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    dropout: float = 0.2
+    dim: int = 64
+    tol: float = 1e-3
+    noise: float = 3.0
+
+
+@dataclass
+class Comparison:
+    """What the comparison measured.
+
+    Attributes:
+        options: what was trained.
+        runs: one record per fusion and seed: `fusion`, `seed`, `accuracy`, `f1_macro`,
+            `best_epoch`, `parameters`, `step_seconds`, `steps`, `converged` (the last two NaN for
+            a fusion without a solve).
+        weights: "before training", "after training" -> (N, N) mean modality weights on test rows;
+            row: the noisy modality, column: whose weight. Mean over seeds.
+        traces: solver -> (rows, steps) relative residuals of the trained model's joint state.
+    """
+
+    options: DemoOptions
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    weights: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    traces: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def values(self, name: str, column: str) -> list[float]:
+        """Return one column of a fusion's runs, by seed."""
+        return [run[column] for run in self.runs if run["fusion"] == name]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `deqfusion demo`."""
+    defaults = DemoOptions()
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument(
+        "--epochs",
+        type=whole_number(1),
+        default=defaults.epochs,
+        help=f"default {defaults.epochs}",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=whole_number(1),
+        default=len(defaults.seeds),
+        metavar="COUNT",
+        help=f"seeds 0 to COUNT - 1 (default {len(defaults.seeds)})",
+    )
+    parser.add_argument(
+        "--noise",
+        type=real_number(0.0),
+        default=defaults.noise,
+        help=f"of the noisy modality, in standard deviations (default {defaults.noise:g})",
+    )
+    parser.add_argument("--no-timing", action="store_true", help="leave the timing out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, compare, time, write `index.html` and `results.json` to `--out`, print a table.
+
+    Returns:
+        0.
+    """
+    from .demo_page import page, table
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    options = DemoOptions(seeds=range(args.seeds), epochs=args.epochs, noise=args.noise)
+    comparison = compare(options, progress=True)
+    timings = [] if args.no_timing else time_fusion(progress=True)
+    report = args.out / "index.html"
+    text = page(comparison, timings)
+    write_atomically(report, lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(args.out / "results.json", _record(comparison, timings))
+    print(table(comparison, timings))
+    print(f"report: {report}")
+    return 0
+
+
+def compare(options: DemoOptions, *, progress: bool = False) -> Comparison:
+    """Train every fusion with every seed and measure it on the test rows.
+
+    Args:
+        options: what to train.
+        progress: show a bar over the runs.
+
+    Returns:
+        Comparison; weights and traces only where "deq" is among the fusions.
+    """
+    comparison = Comparison(options)
+    weights: dict[str, list[NDArray[np.float64]]] = {"before training": [], "after training": []}
+    jobs = [(seed, name) for seed in options.seeds for name in options.fusions]
+    bar = tqdm(jobs, desc="training", unit="run", disable=not progress, dynamic_ncols=True)
+    for seed, name in bar:
+        bar.set_postfix_str(f"{name}, seed {seed}")
+        data = load_digits(seed, noise=options.noise)
+        parts = {part: _rows(getattr(data, part)) for part in ("train", "validation", "test")}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = MultimodalClassifier(
+                [view.shape[1] for view in parts["train"].inputs],
+                _CLASSES,
+                dim=options.dim,
+                fusion=name,
+                dropout=options.dropout,
+                tol=options.tol,
+            )
+        if name == "deq":
+            weights["before training"].append(mean_weights(model, data.test))
+        fit_options = FitOptions(
+            epochs=options.epochs,
+            learning_rate=options.learning_rate,
+            batch_size=options.batch_size,
+            seed=seed,
+        )
+        result = fit(model, parts["train"], parts["validation"], fit_options)
+        probabilities = model.predict(parts["test"].inputs).double().numpy()
+        metrics = classification_metrics(probabilities, data.test.labels)
+        history = dict(zip(HISTORY_COLUMNS, result.history.T, strict=True))
+        comparison.runs.append(
+            {
+                "fusion": name,
+                "seed": seed,
+                "accuracy": metrics["accuracy"],
+                "f1_macro": metrics["f1_macro"],
+                "best_epoch": result.best_epoch,
+                "parameters": sum(p.numel() for p in model.fusion.parameters()),
+                "step_seconds": float(np.median(history["step_seconds"])),
+                "steps": float(history["steps"].mean()),
+                "converged": float(history["converged"].mean()),
+            }
+        )
+        if name == "deq":
+            weights["after training"].append(mean_weights(model, data.test))
+            if not comparison.traces:
+                comparison.traces = convergence(model, parts["test"].inputs)
+    comparison.weights = {key: np.mean(tables, axis=0) for key, tables in weights.items() if tables}
+    return comparison
+
+
+@torch.no_grad()
+def mean_weights(model: MultimodalClassifier, part: DigitsPart) -> NDArray[np.float64]:
+    """Average a model's modality weights over the rows in which each modality is the noisy one.
+
+    Args:
+        model: with fusion "deq".
+        part: rows.
+
+    Returns:
+        (N, N), rows summing to 1; row: the noisy modality, column: whose weight.
+    """
+    model.eval()
+    solution = model(_rows(part).inputs).equilibrium
+    weights = model.fusion.modality_weights(solution).double().numpy()
+    groups = range(len(part.modalities))
+    return np.stack([weights[:, part.corrupted == group].mean(axis=1) for group in groups])
+
+
+@torch.no_grad()
+def convergence(
+    model: MultimodalClassifier, inputs: Sequence[Tensor]
+) -> dict[str, NDArray[np.float64]]:
+    """Trace the residual of the joint state under Anderson and under plain (weight-tied) steps.
+
+    The whole state is one problem here, as in the paper's figure: the block-triangular solve would
+    spend different numbers of steps on different blocks.
+
+    Args:
+        model: with fusion "deq".
+        inputs: one (rows, width_i) per modality.
+
+    Returns:
+        name -> (rows, steps) relative residuals, NaN after a row has stopped.
+    """
+    model.eval()
+    solvers = {
+        "Anderson": Anderson(tol=_TRACE_TOL, max_steps=_TRACE_STEPS, ladder="off"),
+        "weight-tied steps": Picard(tol=_TRACE_TOL, max_steps=_TRACE_STEPS),
+    }
+    features = model(inputs).features
+    traces = {}
+    for name, solver in solvers.items():
+        joint = DEQFusion(features[0].shape[-1], len(features), solver=solver, joint=True)
+        joint.load_state_dict(model.fusion.state_dict())
+        trace = joint.eval().equilibrium(features, trace=True).stats.trace
+        # One problem, hence the same trace for every block.
+        traces[name] = trace[-1].double().numpy()
+    return traces
+
+
+def time_fusion(*, progress: bool = False) -> list[dict[str, Any]]:
+    """Time equilibrium fusion against eager PyTorch, on one thread and on all cores up to two.
+
+    Returns:
+        Results of `deqfusion.bench.quick_comparison`, one per number of threads.
+    """
+    from deqfusion.bench import quick_comparison
+
+    counts = sorted({1, min(2, os.cpu_count() or 1)})
+    bar = tqdm(counts, desc="timing", unit="run", disable=not progress, dynamic_ncols=True)
+    return [
+        quick_comparison(batch=256, dim=256, num_modalities=3, threads=threads, rounds=5)
+        for threads in bar
+    ]
+
+
+def _rows(part: DigitsPart) -> Rows:
+    inputs = tuple(torch.from_numpy(view) for view in part.modalities)
+    return Rows(inputs, torch.from_numpy(part.labels))
+
+
+def _record(comparison: Comparison, timings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    options = {key: getattr(comparison.options, key) for key in DemoOptions.__dataclass_fields__}
+    return {
+        "options": {**options, "seeds": list(comparison.options.seeds)},
+        # NaN is no JSON: a fusion without a solve has no steps.
+        "runs": [
+            {key: None if value != value else value for key, value in run.items()}
+            for run in comparison.runs
+        ],
+        "modalities": list(DIGITS_MODALITIES),
+        "weights": {key: table.tolist() for key, table in comparison.weights.items()},
+        "timing": list(timings),
+    }

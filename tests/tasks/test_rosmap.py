@@ -1,0 +1,351 @@
+"""`deqfusion train rosmap` and `evaluate`, as commands: figures, faults, kills."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deqfusion.cli import main
+from deqfusion.data import load_mogonet
+from deqfusion.tasks.runs import read_config, read_tensors
+
+_SHARED = Path(
+    os.environ.get("DEQFUSION_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
+)
+_SMALL = ["--dim", "8", "--modalities", "1,2", "--epochs", "3", "--tol", "1e-2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in MOGONET's layout whose classes can be told apart."""
+    path = tmp_path_factory.mktemp("mogonet")
+    generator = np.random.default_rng(0)
+    for part, rows in (("tr", 40), ("te", 20)):
+        labels = np.arange(rows) % 2
+        np.savetxt(path / f"labels_{part}.csv", labels)
+        for number, width in ((1, 6), (2, 5)):
+            values = generator.random((rows, width)) + 0.8 * labels[:, None]
+            np.savetxt(path / f"{number}_{part}.csv", values, delimiter=",")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert _train(folder, out) == 0
+    return out
+
+
+def _train(folder, out, *more):
+    return main(["train", "rosmap", "--data-dir", str(folder), "--out", str(out), *_SMALL, *more])
+
+
+def _evaluate(folder, checkpoint):
+    return main(["evaluate", "--checkpoint", str(checkpoint), "--data-dir", str(folder)])
+
+
+def _contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def _curve(out):
+    with (out / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{key: value for key, value in row.items() if key != "step_seconds"} for row in rows]
+
+
+def _same_model(one, two):
+    first, second = (read_tensors(path / "model.safetensors", "model") for path in (one, two))
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_run_writes_model_metrics_log_and_curves(finished):
+    assert set(_contents(finished)) == {
+        "checkpoint.safetensors",
+        "config.json",
+        "curves.png",
+        "log.csv",
+        "metrics.json",
+        "model.safetensors",
+    }
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics) == {"accuracy", "f1", "auc", "epochs", "best_epoch"}
+    assert len(_curve(finished)) == metrics["epochs"] == 3
+
+
+def test_evaluate_gives_the_figures_of_training(folder, finished, capsys):
+    assert _evaluate(folder, finished) == 0
+    printed = capsys.readouterr().out
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for name in ("accuracy", "f1", "auc"):
+        assert f"{name} {metrics[name]:.3f}" in printed
+
+
+def test_scaling_is_that_of_the_rows_trained_on(folder, finished):
+    tensors = read_tensors(finished / "model.safetensors", "model")
+    train = load_mogonet(folder, [1, 2]).train
+    # 32 of 40 rows are trained on: their range lies within that of all.
+    low = tensors["scaling/minimum/0"].numpy()
+    assert (low >= train.modalities[0].min(axis=0)).all()
+    assert (low > train.modalities[0].min(axis=0)).any()
+
+
+def test_test_rows_play_no_part_in_training(folder, finished, tmp_path):
+    altered = tmp_path / "altered"
+    shutil.copytree(folder, altered)
+    rows = np.loadtxt(altered / "1_te.csv", delimiter=",")
+    np.savetxt(altered / "1_te.csv", -100 * rows, delimiter=",")
+    assert _train(altered, tmp_path / "out") == 0
+    assert _curve(tmp_path / "out") == _curve(finished)
+    assert _same_model(tmp_path / "out", finished)
+
+
+def test_same_seed_same_curve_other_seed_another(folder, finished, tmp_path):
+    assert _train(folder, tmp_path / "same") == 0
+    assert _curve(tmp_path / "same") == _curve(finished)
+    assert _train(folder, tmp_path / "other", "--seed", "1") == 0
+    assert _curve(tmp_path / "other") != _curve(finished)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "sum", "gated", "weight_tied:2"])
+def test_every_fusion_trains_and_evaluates(folder, tmp_path, fusion):
+    assert _train(folder, tmp_path / "out", "--fusion", fusion) == 0
+    assert _evaluate(folder, tmp_path / "out") == 0
+
+
+def test_options_reach_training(folder, finished, tmp_path):
+    for number, option in enumerate((["--jacobian-weight", "1"], ["--batch-size", "8"])):
+        assert _train(folder, tmp_path / str(number), *option) == 0
+        assert _curve(tmp_path / str(number)) != _curve(finished)
+
+
+def test_repeated_splits(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert _train(folder, out, "--splits", "3") == 0
+    with (out / "splits.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    accuracies = np.array([float(row["accuracy"]) for row in rows])
+    summary = json.loads((out / "metrics.json").read_text())["accuracy"]
+    assert summary["mean"] == pytest.approx(accuracies.mean())
+    assert summary["standard_error"] == pytest.approx(accuracies.std(ddof=1) / np.sqrt(3))
+    assert f"{summary['mean']:.3f}, standard error" in capsys.readouterr().out
+
+    # A split's model is judged on the rows that it was not trained on.
+    assert _evaluate(folder, out / "split_001") == 0
+    printed = capsys.readouterr().out
+    assert "test rows of split 1" in printed
+    assert f"auc {float(rows[1]['auc']):.3f}" in printed
+
+    before = _contents(out)
+    assert _train(folder, out, "--splits", "3", "--resume") == 0
+    assert _contents(out) == before
+    assert _evaluate(folder, out) == 2
+    assert "a run of 3 splits" in capsys.readouterr().err
+
+
+def test_more_than_two_classes(folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    for part, rows in (("tr", 40), ("te", 20)):
+        np.savetxt(data / f"labels_{part}.csv", np.arange(rows) % 4)
+    assert _train(data, tmp_path / "out") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {"f1_macro", "f1_weighted", "auc_macro", "auc_weighted"} < set(metrics)
+
+
+def _refused(capsys, code, message, before, out):
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert _contents(out) == before
+
+
+def test_out_with_a_run_is_refused_without_resume(folder, finished, capsys):
+    before = _contents(finished)
+    _refused(capsys, _train(folder, finished), "already there", before, finished)
+
+
+def test_resume_with_other_options_is_refused(folder, finished, capsys):
+    before = _contents(finished)
+    code = _train(folder, finished, "--resume", "--fusion", "sum")
+    _refused(capsys, code, "the run has fusion = 'deq', expected 'sum'", before, finished)
+
+
+def test_resume_on_other_data_is_refused(folder, finished, tmp_path, capsys):
+    altered = tmp_path / "data"
+    shutil.copytree(folder, altered)
+    path = altered / "1_tr.csv"
+    path.write_text(path.read_text().replace("1", "2", 1))
+    before = _contents(finished)
+    code = _train(altered, finished, "--resume")
+    _refused(capsys, code, "the run has data_sha256", before, finished)
+
+
+def test_corrupt_checkpoint_is_refused(folder, finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    path = out / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    before = _contents(out)
+    _refused(capsys, _train(folder, out, "--resume"), "checkpoint.safetensors: ", before, out)
+    path = out / "model.safetensors"
+    path.write_bytes(b"\x80\x04 not a model")
+    before = _contents(out)
+    _refused(capsys, _evaluate(folder, out), "model.safetensors: cannot be read", before, out)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("dim", "wide", "config.json: "),
+        ("dim", None, "config.json: "),
+        ("fusion", "magic", "config.json: ValueError: fusion: got 'magic'"),
+        ("fusion", 7, "config.json: "),
+        ("input_widths", 5, "config.json: "),
+        ("modalities", "1,2", "config.json: "),
+        ("num_classes", 1, "config.json: "),
+    ],
+)
+def test_configuration_with_nonsense_is_refused(
+    folder, finished, tmp_path, capsys, key, value, message
+):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    config = {**read_config(out), key: value}
+    (out / "config.json").write_text(json.dumps(config))
+    before = _contents(out)
+    _refused(capsys, _evaluate(folder, out), message, before, out)
+
+
+def test_evaluate_needs_a_finished_run_and_fitting_data(folder, finished, tmp_path, capsys):
+    assert _evaluate(folder, tmp_path) == 2
+    assert "config.json: no such file" in capsys.readouterr().err
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "model.safetensors").unlink()
+    assert _evaluate(folder, out) == 2
+    assert "expected a finished run" in capsys.readouterr().err
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    for part in ("tr", "te"):
+        shutil.copy(data / f"1_{part}.csv", data / f"2_{part}.csv")
+    assert _evaluate(data, finished) == 2
+    assert "the model takes [6, 5] features" in capsys.readouterr().err
+
+
+def test_missing_data_creates_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert _train(tmp_path / "nowhere", out) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "nowhere: no such folder" in captured.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--epochs", "0"],
+        ["--tol", "0"],
+        ["--dropout", "1"],
+        ["--splits", "-1"],
+        ["--modalities", "1,x"],
+        ["--modalities", "1,1"],
+        ["--learning-rate", "nan"],
+        ["--validation-fraction", "1"],
+    ],
+)
+def test_bad_arguments(folder, tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        _train(folder, tmp_path / "out", *option)
+    assert stop.value.code == 2
+    assert f"argument {option[0]}: got '{option[1]}', expected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--fusion", "magic"], "fusion: got 'magic', expected one of deq, concat"),
+        (["--fusion", "weight_tied:0"], "fusion: got 'weight_tied:0', expected"),
+        (["--fusion", "sum", "--jacobian-weight", "1"], "jacobian_weight: got 1.0"),
+        (["--dim", "10"], "10"),
+    ],
+)
+def test_options_that_do_not_fit_together(folder, tmp_path, capsys, option, message):
+    assert _train(folder, tmp_path / "out", *option) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def _spawn(folder, out, epochs):
+    command = [sys.executable, "-m", "deqfusion.cli", "train", "rosmap", *_SMALL]
+    command += ["--data-dir", str(folder), "--out", str(out), "--epochs", str(epochs), "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def _logged(out):
+    log = out / "log.csv"
+    return len(log.read_text().splitlines()) - 1 if log.exists() else 0
+
+
+def test_killed_run_resumes_to_the_same_model(folder, tmp_path):
+    epochs = 120
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference = _spawn(folder, whole, epochs)
+    process = _spawn(folder, killed, epochs)
+    for pause in (0.0, 0.013):
+        target = _logged(killed) + 5
+        deadline = time.monotonic() + 60
+        while _logged(killed) < target and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        logged = _logged(killed)
+        kept = len(read_tensors(killed / "checkpoint.safetensors", "checkpoint")["history"])
+        # The log's line follows its checkpoint, which is ahead by one at most.
+        assert target <= logged <= kept <= logged + 1
+        process = _spawn(folder, killed, epochs)
+    assert process.wait(timeout=120) == 0
+    assert reference.wait(timeout=120) == 0
+    assert _curve(killed) == _curve(whole)
+    assert _same_model(killed, whole)
+
+
+def test_rosmap_for_a_few_epochs(tmp_path):
+    if not (_SHARED / "rosmap").is_dir():
+        pytest.skip(f"{_SHARED / 'rosmap'} is absent (set DEQFUSION_DATA)")
+    options = ["--data-dir", str(_SHARED / "rosmap"), "--out", str(tmp_path / "out")]
+    assert main(["train", "rosmap", *options, "--epochs", "25", "--dim", "64"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    # Well above chance; the full run's figures are in the README.
+    assert metrics["auc"] > 0.7
+    assert all(float(row["converged"]) > 0.95 for row in _curve(tmp_path / "out"))
+
+
+def test_one_modality_of_brca_and_the_missing_others(tmp_path, capsys):
+    folder = _SHARED / "mogonet_brca_mirna"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent (set DEQFUSION_DATA)")
+    options = ["--data-dir", str(folder), "--out", str(tmp_path / "out"), "--dim", "16"]
+    assert main(["train", "rosmap", *options]) == 2
+    assert "1_tr.csv: no such file" in capsys.readouterr().err
+    assert main(["train", "rosmap", *options, "--modalities", "3", "--epochs", "3"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert 0.2 < metrics["accuracy"] <= 1.0
