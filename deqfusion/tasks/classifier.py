@@ -1,6 +1,11 @@
 """Encoders, a fusion and a linear head: the model of the classification tasks.
 
-x_i (rows, width_i) -> ReLU(Linear), dropout -> (rows, dim)  --fusion-->  (rows, dim) -> logits
+    x_i (rows, width_i) -> ReLU(LayerNorm(Linear)), dropout -> (rows, dim)
+    --fusion-->  (rows, dim) -> logits
+
+LayerNorm gives the features unit scale whatever the data's. The equilibrium cell adds them to a
+product before it normalises: features much smaller than the product leave the map hardly
+contracting (ROSMAP at dim 300 without LayerNorm: 57% of rows converge in the first epoch).
 """
 
 from __future__ import annotations
@@ -61,7 +66,7 @@ class MultimodalClassifier(nn.Module):
         if num_classes < 2:
             raise ValueError(f"num_classes: got {num_classes}, expected a number >= 2")
         self.encoders = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, dim), nn.ReLU(), nn.Dropout(dropout))
+            nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(dropout))
             for width in input_widths
         )
         options = {}

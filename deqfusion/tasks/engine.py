@@ -58,6 +58,8 @@ class FitOptions:
         batch_size: rows per step; None: all of them.
         seed: of dropout and batches; initial parameters are the caller's.
         jacobian_weight: of the Jacobian penalty in the loss; only for an equilibrium fusion.
+        clip_norm: largest norm of a step's gradient. Where a row's Jacobian comes near to 1, its
+            implicit gradient grows without bound and would drown the other rows'.
     """
 
     epochs: int
@@ -66,6 +68,7 @@ class FitOptions:
     batch_size: int | None = None
     seed: int = 0
     jacobian_weight: float = 0.0
+    clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -74,6 +77,8 @@ class FitOptions:
             raise ValueError(f"learning_rate: got {self.learning_rate}, expected a number > 0")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size: got {self.batch_size}, expected a number >= 1 or None")
+        if not self.clip_norm > 0.0:
+            raise ValueError(f"clip_norm: got {self.clip_norm}, expected a number > 0")
         for name in ("weight_decay", "jacobian_weight"):
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:
@@ -212,6 +217,7 @@ class _State:
             objective = loss + self.options.jacobian_weight * penalty
         self.optimizer.zero_grad()
         objective.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
         return loss.item(), _solve_summary(output.equilibrium)
 

@@ -12,7 +12,7 @@ from deqfusion.tasks.demo import Comparison, DemoOptions, compare
 from deqfusion.tasks.demo_page import page, table, verdict
 
 _OPTIONS = DemoOptions(
-    fusions=("deq", "weight_tied:2", "concat"), seeds=(0, 1), epochs=2, dim=16, tol=1e-2
+    fusions=("deq", "weight_tied:2", "concat"), seeds=(0, 1), epochs=2, dim=32, tol=1e-2
 )
 _TIMING = {
     "shape": {"batch": 8, "dim": 16, "num_modalities": 2},
@@ -57,9 +57,10 @@ def test_weights_and_traces(comparison):
         np.testing.assert_allclose(weights.sum(axis=1), 1.0, rtol=1e-5)
     assert set(comparison.traces) == {"Anderson", "weight-tied steps"}
     for trace in comparison.traces.values():
-        final = np.nanmin(trace, axis=1)
-        assert np.median(final) < 1e-3
-        assert np.isfinite(trace[:, 0]).all()
+        # From z = 0 the first relative residual is ||f(0)|| / ||f(0)||.
+        np.testing.assert_allclose(trace[:, 0], 1.0, rtol=1e-5)
+    finals = {name: np.nanmin(trace, axis=1) for name, trace in comparison.traces.items()}
+    assert np.median(finals["Anderson"]) < np.median(finals["weight-tied steps"])
 
 
 def test_page_carries_its_pictures_and_figures(comparison):

@@ -1,0 +1,83 @@
+"""What a measurement was made on, to be kept beside its figures."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "numpy", "torchdeq", "deqfusion")
+
+
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def bf16_instructions() -> list[str]:
+    """Instruction sets for bf16 products that this processor has, of those that matter here."""
+    return [
+        name
+        for name, probe in (
+            ("avx512_bf16", "_is_avx512_bf16_supported"),
+            ("amx_tile", "_is_amx_tile_supported"),
+        )
+        if getattr(torch.cpu, probe, lambda: False)()
+    ]
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree this module runs from, "+changes" if it differs, else None."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        # A file that git does not know is no checkout of ours, but somebody's around the package.
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()
+
+
+def record() -> dict[str, Any]:
+    """Processor, software, load and date, as plain JSON values."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "system": platform.system(),
+        "cpu": cpu_model(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16_instructions": bf16_instructions(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "versions": versions,
+        "commit": git_commit(),
+    }

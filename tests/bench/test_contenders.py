@@ -1,0 +1,118 @@
+"""Every contender solves a small problem, to the residual and the gradients of fp64."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from deqfusion.bench import contenders
+from deqfusion.bench.contenders.textbook import anderson
+from deqfusion.bench.problem import Problem, Shape, TextbookCell
+from deqfusion.bench.verification import AdjointSystem, gradient_error, verify_state
+
+TOL = 1e-5
+NAMES = sorted(contenders.contenders())
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return Problem(Shape(5, 32, 2), seed=3)
+
+
+def build(name: str, problem: Problem) -> contenders.Contender:
+    kind = contenders.get(name)
+    reason = kind.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    contender = kind(problem)
+    contender.set_tolerances(TOL, TOL)
+    return contender
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_meets_tolerance(name: str, problem: Problem) -> None:
+    answer = build(name, problem).forward()
+    assert answer.state.shape == (3, 5, 32)
+    assert not answer.state.requires_grad
+    # A row's whole state as one vector hides a block's residual by up to the ratio of their norms.
+    assert verify_state(problem, answer.state) < 5 * TOL
+    assert all(count > 1 for count in answer.steps.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_fp64(name: str, problem: Problem) -> None:
+    answer = build(name, problem).forward_backward()
+    assert answer.linearised_at is not None
+    assert answer.adjoint is not None
+    assert answer.gradients is not None
+    gradients = answer.gradients()
+    system = AdjointSystem(problem, answer.linearised_at)
+    adjoint = answer.adjoint()
+    # Blocks of a joint vector may be above the tolerance by the ratio of their norms.
+    assert system.residual(adjoint) < 30 * TOL
+    # torchdeq takes J and the parameters' VJP one iterate apart; the others are at fp32 rounding.
+    assert gradient_error(gradients, system.gradients(adjoint)) < 10 * TOL
+    assert min(answer.steps.values()) > 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_do_not_accumulate(name: str, problem: Problem) -> None:
+    contender = build(name, problem)
+    found = []
+    for _ in range(2):
+        answer = contender.forward_backward()
+        assert answer.gradients is not None
+        found.append({key: value.clone() for key, value in answer.gradients().items()})
+    first, second = found
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_contenders_find_the_same_equilibrium(problem: Problem) -> None:
+    textbook = build("textbook", problem).forward().state
+    ours = build("ours", problem).forward().state
+    assert float((textbook - ours).norm() / ours.norm()) < 1e-3
+
+
+def test_textbook_cell_is_the_library_cell(problem: Problem) -> None:
+    from deqfusion import DEQFusion
+
+    module = DEQFusion(32, 2)
+    module.load_state_dict(problem.parameters)
+    state = torch.randn(3, 5, 32)
+    cell = TextbookCell(problem.parameters)
+    expected = cell(problem.flatten(state), problem.features, cell.inject(problem.features))
+    torch.testing.assert_close(
+        problem.flatten(module.cell(state, problem.features)), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_anderson_solves_a_linear_map_and_says_when_not() -> None:
+    matrix = torch.tensor([[0.5, 0.2], [0.1, 0.4]], dtype=torch.float64)
+    right = torch.tensor([[1.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
+    expected = right @ torch.linalg.inv(torch.eye(2, dtype=torch.float64) - matrix)
+    found, steps, converged = anderson(
+        lambda z: z @ matrix + right, torch.zeros_like(right), tol=1e-10, ridge=1e-14
+    )
+    assert converged
+    assert steps < 10
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
+    _, steps, converged = anderson(
+        lambda z: z @ matrix + right, torch.zeros_like(right), tol=1e-10, max_steps=3
+    )
+    assert (steps, converged) == (3, False)
+
+
+def test_absent_torchdeq_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchdeq", None)
+    reason = contenders.get("torchdeq").unavailable()
+    assert reason is not None
+    assert "torchdeq" in reason
+
+
+def test_unknown_contender_is_named() -> None:
+    with pytest.raises(ValueError, match=r"unknown contender 'theirs', expected one of .*textbook"):
+        contenders.get("theirs")

@@ -1,0 +1,233 @@
+"""Running a suite: records, failures that are reported as failures, the table and the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deqfusion.bench import contenders, quick_comparison, report, runner, suites, timing
+from deqfusion.bench.contenders import Answer, registry
+from deqfusion.bench.contenders.textbook import Textbook
+from deqfusion.bench.problem import Shape
+from deqfusion.bench.profile import main as profile_main
+from deqfusion.cli import main
+
+SHAPE = Shape(6, 64, 2)
+
+
+class Lazy(Textbook):
+    """Stops long before the tolerance."""
+
+    name = "lazy"
+
+    def forward(self) -> Answer:
+        flat = torch.ones_like(self.start)
+        return Answer(self.problem.unflatten(flat), {"joint": 1})
+
+
+class Drifting(Textbook):
+    """Right while it is verified, wrong once it is timed."""
+
+    name = "drifting"
+    runs = 0
+
+    def forward(self) -> Answer:
+        answer = super().forward()
+        self.runs += 1
+        return answer if self.runs == 1 else Answer(answer.state + 1, answer.steps)
+
+
+class Absent(Textbook):
+    """Cannot run here."""
+
+    name = "absent"
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        return "not installed"
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        contenders.contenders()
+        for kind in (Lazy, Drifting, Absent):
+            patch.setitem(registry._REGISTRY, kind.name, kind)
+        suite = suites.Suite(
+            "test",
+            (SHAPE,),
+            ("textbook", "lazy", "drifting", "absent", "ours"),
+            rounds=3,
+        )
+        saved: list[int] = []
+        found = runner.run(suite, save=lambda partial: saved.append(len(partial["cases"])))
+        assert saved == [2]
+        found["table"] = report.table(found)
+        return found
+
+
+def test_record(result: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    report.write_json(result, path)
+    found = json.loads(path.read_text())
+    assert found["format"] == runner.FORMAT
+    assert found["environment"]["cpu"]
+    assert found["environment"]["cores"] >= 1
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    assert found["suite"]["shapes"] == ["6,64,2"]
+    assert [case["mode"] for case in found["cases"]] == ["forward", "forward_backward"]
+    for case in found["cases"]:
+        assert (case["shape"], case["threads"]) == ([6, 64, 2], 1)
+        for name in ("textbook", "ours"):
+            entry = case["contenders"][name]
+            assert entry["status"] == "ok"
+            assert entry["verified"]["residual"] <= 1e-3
+            seconds = entry["seconds"]
+            assert len(seconds["samples"]) == 3
+            assert 0 < seconds["p20"] <= seconds["median"] <= seconds["p80"]
+        assert case["contenders"]["ours"]["ratio"] is None
+        assert case["contenders"]["textbook"]["ratio"]["median"] > 0
+    backward = found["cases"][1]["contenders"]
+    for name in ("textbook", "ours"):
+        assert backward[name]["verified"]["adjoint_residual"] <= 1e-3
+        assert backward[name]["verified"]["gradient_error"] <= 1e-2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["lazy", "drifting", "absent"])
+def test_failures_have_no_time(name: str, result: dict[str, Any]) -> None:
+    for case in result["cases"]:
+        entry = case["contenders"][name]
+        assert entry["status"] == ("unavailable" if name == "absent" else "failed")
+        assert entry["reason"]
+        assert entry["seconds"] is None
+        assert entry["ratio"] is None
+
+
+def test_table(result: dict[str, Any]) -> None:
+    lines = result["table"].splitlines()
+    assert "B=6 d=64 N=2, 1 thread, forward" in lines
+    failed = [line for line in lines if line.split()[:1] == ["lazy"]]
+    assert len(failed) == 2
+    assert all("FAILED: forward: residual" in line for line in failed)
+    assert any("UNAVAILABLE: not installed" in line for line in lines)
+    assert sum(line.startswith("  best of the others: textbook") for line in lines) == 2
+
+
+def test_picture(result: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    report.picture(result, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    report.write_json({"cases": []}, path)
+    with pytest.raises(TypeError):
+        report.write_json({"cases": [object()]}, path)
+    assert json.loads(path.read_text()) == {"cases": []}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rounds_rotate_and_warm_up() -> None:
+    order: list[str] = []
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    def function(name: str, seconds: float):
+        def run() -> None:
+            nonlocal now
+            now += seconds
+            order.append(name)
+
+        return run
+
+    functions = {name: function(name, s) for name, s in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    samples = timing.interleaved(functions, 3, clock=clock)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert samples == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [4.0] * 3}
+    assert timing.ratios(samples["c"], samples["a"]) == {"median": 4.0, "p20": 4.0, "p80": 4.0}
+
+
+def test_short_functions_are_repeated_within_a_sample() -> None:
+    assert timing.repeats_for(1.0) == 1
+    assert timing.repeats_for(timing.SHORTEST_SAMPLE / 8) == 8
+    with pytest.raises(ValueError, match="no values"):
+        timing.summary([])
+
+
+def test_quick_comparison() -> None:
+    threads = torch.get_num_threads()
+    found = quick_comparison(batch=6, dim=64, num_modalities=2, threads=1, rounds=2)
+    assert torch.get_num_threads() == threads
+    assert set(found["contenders"]) == {"textbook", "ours"}
+    for entry in found["contenders"].values():
+        assert entry["ok"], entry["reason"]
+        assert entry["residual"] <= found["tol"]
+        for mode in suites.MODES:
+            assert set(entry[mode]) == {"median", "p20", "p80"}
+    for mode in suites.MODES:
+        assert found["ratios"][mode]["p20"] <= found["ratios"][mode]["p80"]
+
+
+def test_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "folder"
+    arguments = ["bench", "--shape", "4,32,1", "--rounds", "1", "--threads", "1"]
+    arguments += ["--contenders", "textbook,ours", "--out", str(out)]
+    assert main(arguments) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["quick.json", "quick.png"]
+    assert "B=4 d=32 N=1, 1 thread, forward + backward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--suite", "slow"], "unknown suite 'slow', expected one of quick, cpu"),
+        (["--contenders", "ours,theirs"], "unknown contender 'theirs', expected one of"),
+        (["--shape", "4,32"], "shape must be B,d,N"),
+        (["--shape", "4,30,2"], "dim must be a multiple of 4 (groups), got 30"),
+        (["--threads", "one"], "--threads must be counts such as 1,2, got 'one'"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["--loss", "max"], "loss must be one of sum, mean, got 'max'"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_2(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["bench", "--out", str(out), *options]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
+    assert not out.exists()
+
+
+def test_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    path.write_text("kept")
+    assert main(["bench", "--out", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert path.read_text() == "kept"
+
+
+def test_listing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "612,500,3" in out
+    assert all(f"  {name}:" in out for name in contenders.contenders())
+
+
+def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile_main(["--shape", "8,64,2", "--runs", "1", "--backward"]) == 0
+    out = capsys.readouterr().out
+    assert "matrix products" in out
+    assert "aten::bmm" in out or "aten::addmm" in out
+    assert profile_main(["--shape", "8,64"]) == 2
+    assert "shape must be B,d,N" in capsys.readouterr().err

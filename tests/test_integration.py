@@ -1,0 +1,379 @@
+"""The layer inside what PyTorch offers: operators, compile, export, autocast, copies and DDP."""
+
+import copy
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deqfusion import (
+    Anderson,
+    Broyden,
+    DEQFusion,
+    Implicit,
+    OneStep,
+    Phantom,
+    Picard,
+    Status,
+    Unroll,
+)
+from deqfusion.testing import CellOptions, textbook_cell
+
+DIM, COUNT = 16, 2
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ,
+    reason="inductor needs a C++ compiler: install g++ or set CXX",
+)
+
+
+class Model(nn.Module):
+    """Encoders, equilibrium fusion and a head, as a user would write them."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList([nn.Linear(8, DIM) for _ in range(COUNT)])
+        self.fusion = DEQFusion(DIM, COUNT, **options)
+        self.head = nn.Linear(DIM, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        features = [encoder(x) for encoder, x in zip(self.encoders, inputs, strict=True)]
+        return self.head(self.fusion(features))
+
+
+def tight(**options) -> dict:
+    """Settings under which two runs agree far beyond the default tolerance."""
+    solver = Anderson(tol=1e-6, max_steps=100, ladder="off")
+    return {"solver": solver, "adjoint": Implicit(solver), **options}
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the library's operator calls with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "deqfusion":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def registered_operators() -> set[str]:
+    schemas = torch._C._jit_get_all_schemas()
+    return {schema.name for schema in schemas if schema.name.startswith("deqfusion::")}
+
+
+OPERATOR_SETTINGS = {
+    "default": {},
+    "skip": {"skip": True, "gate": "identity"},
+    "concat": {"gate_input": "concat", "tail": "norm_relu"},
+    "dropout": {"dropout": 0.3},
+    "joint": {"joint": True},
+    "picard": {"solver": Picard(), "adjoint": Implicit(Picard())},
+    "broyden": {"solver": Broyden(), "adjoint": Implicit(Broyden())},
+    "phantom": {"adjoint": Phantom()},
+    "one_step": {"adjoint": OneStep()},
+    "unroll": {"adjoint": Unroll(2)},
+}
+
+
+def record(options: dict, masked: bool = False, dtype=torch.float32) -> list[tuple]:
+    torch.manual_seed(0)
+    fusion = DEQFusion(DIM, COUNT, **options).to(dtype)
+    features = torch.randn(COUNT, 5, DIM, dtype=dtype, requires_grad=True)
+    mask = None
+    if masked:
+        mask = torch.ones(5, COUNT, dtype=torch.bool)
+        mask[0, 0] = False
+    with Recorder() as recorder:
+        fusion.equilibrium(features, mask=mask).fused.sum().backward()
+    return recorder.calls
+
+
+def test_solves_are_operators_and_never_steps():
+    """A solve is one operator call, however many steps it takes."""
+    few = record({"solver": Anderson(tol=1e-1)})
+    many = record({"solver": Anderson(tol=1e-6, max_steps=100)})
+    assert [call[0] for call in few] == [call[0] for call in many]
+    assert few
+
+
+def test_every_registered_operator_is_exercised():
+    called = {
+        call[0]._schema.name
+        for options in OPERATOR_SETTINGS.values()
+        for call in record(options, masked=True)
+    }
+    assert registered_operators() == called
+
+
+@pytest.mark.parametrize("setting", OPERATOR_SETTINGS)
+def test_opcheck(setting):
+    calls = record(OPERATOR_SETTINGS[setting]) + record(OPERATOR_SETTINGS[setting], masked=True)
+    for func, args, kwargs in calls:
+        results = torch.library.opcheck(
+            func,
+            args,
+            kwargs,
+            test_utils=(
+                "test_schema",
+                "test_autograd_registration",
+                "test_faketensor",
+                "test_aot_dispatch_dynamic",
+            ),
+        )
+        assert set(results.values()) == {"SUCCESS"}, (func, results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_other_dtypes(dtype):
+    for func, args, kwargs in record({}, dtype=dtype):
+        torch.library.opcheck(func, args, kwargs)
+
+
+def gradients(model: nn.Module, call, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    call(inputs).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_close(got: dict, expected: dict, tolerance: float) -> None:
+    assert got.keys() == expected.keys()
+    scale = max(value.abs().max() for value in expected.values())
+    for name in expected:
+        assert (got[name] - expected[name]).abs().max() < tolerance * scale, name
+
+
+@pytest.mark.parametrize(
+    "setting", ["default", "skip", "concat", "dropout", "joint", "phantom", "one_step", "unroll"]
+)
+def test_fullgraph_compile_with_dynamic_batch(setting):
+    """One graph, no break, no recompilation between 2 and 64 rows, forward and backward."""
+    torch._dynamo.reset()
+    model = Model(**tight(**OPERATOR_SETTINGS[setting])).train()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for batch in (2, 3, 17, 64):
+        inputs = torch.randn(COUNT, batch, 8)
+        torch.manual_seed(1)
+        got = gradients(model, compiled, inputs)
+        assert counter.frame_count == 1, f"recompiled at batch {batch}"
+        if setting == "dropout":
+            continue  # a compiled graph draws other random numbers from the same seed
+        assert torch.allclose(compiled(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+        assert_close(got, gradients(model, model, inputs), 1e-4)
+
+
+def test_compile_with_mask_and_statistics():
+    torch._dynamo.reset()
+    fusion = DEQFusion(DIM, COUNT)
+
+    def solve(features, mask):
+        equilibrium = fusion.equilibrium(features, mask=mask)
+        return equilibrium.fused, equilibrium.stats.status, equilibrium.stats.steps
+
+    compiled = torch.compile(solve, backend="aot_eager", fullgraph=True, dynamic=True)
+    features = torch.randn(COUNT, 6, DIM)
+    mask = torch.rand(6, COUNT) < 0.7
+    mask[:, 0] = True
+    for got, expected in zip(compiled(features, mask), solve(features, mask), strict=True):
+        assert torch.allclose(got.double(), expected.double(), atol=1e-5)
+
+
+@needs_compiler
+def test_inductor():
+    torch._dynamo.reset()
+    model = Model(**tight())
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for batch in (2, 33, 64):
+        inputs = torch.randn(COUNT, batch, 8)
+        got = gradients(model, compiled, inputs)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert_close(got, gradients(model, model, inputs), 1e-4)
+
+
+def exported(model: Model) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=2, max=256)
+    inputs = torch.randn(COUNT, 4, 8)
+    return torch.export.export(model.eval(), (inputs,), dynamic_shapes=({1: batch},))
+
+
+def test_export():
+    model = Model(**tight())
+    program = exported(model)
+    for batch in (2, 50):
+        inputs = torch.randn(COUNT, batch, 8)
+        assert torch.allclose(program.module()(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_aot_inductor(tmp_path):
+    model = Model(**tight())
+    with torch.no_grad():
+        program = exported(model)
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        loaded = torch._inductor.aoti_load_package(package)
+        for batch in (2, 50):
+            inputs = torch.randn(COUNT, batch, 8)
+            assert torch.allclose(loaded(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_autocast():
+    model = Model()
+    inputs = torch.randn(COUNT, 32, 8)
+    expected = model(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(inputs)
+        features = torch.stack([e(x) for e, x in zip(model.encoders, inputs, strict=True)])
+        assert features.dtype == torch.bfloat16
+        stats = model.fusion.equilibrium(features).stats
+    assert (stats.status == Status.CONVERGED).float().mean() > 0.95
+    assert stats.residual.dtype == torch.float32
+    assert (got.float() - expected).norm() < 0.05 * expected.norm()
+    got.float().square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_layer(dtype):
+    """Half-precision parameters and features: at most twice the error that rounding explains."""
+    torch.manual_seed(0)
+    fusion = DEQFusion(64, COUNT).to(dtype)
+    exact = DEQFusion(64, COUNT, solver=Anderson(tol=1e-10, max_steps=300)).double()
+    exact.load_state_dict(fusion.state_dict())
+    features = torch.randn(COUNT, 16, 64).to(dtype)
+    fused = fusion(features)
+    assert fused.dtype == dtype
+    with torch.no_grad():
+        expected = exact(features.double())
+        # The same equilibrium by plain iteration in plain PyTorch at this precision.
+        parameters = dict(fusion.state_dict())
+        state = torch.zeros(COUNT + 1, 16, 64, dtype=dtype)
+        for _ in range(60):
+            state = textbook_cell(parameters, state, list(features), CellOptions())
+    plain = (state[-1].double() - expected).norm()
+    tolerance = 1e-3 * expected.norm()  # what the solver's own tolerance allows
+    assert (fused.double() - expected).norm() <= 2 * plain + tolerance
+    fused.float().sum().backward()
+    for parameter in fusion.parameters():
+        assert parameter.grad.dtype == dtype
+        assert parameter.grad.isfinite().all()
+
+
+def test_functional_call():
+    model = DEQFusion(DIM, COUNT)
+    other = DEQFusion(DIM, COUNT)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    features = torch.randn(COUNT, 5, DIM)
+    values = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
+    got = functional_call(model, values, (features,))
+    expected = other(features)
+    assert torch.equal(got, expected)
+    assert not torch.allclose(got, model(features), rtol=1e-2)
+    got.square().sum().backward()
+    expected.square().sum().backward()
+    for name, parameter in other.named_parameters():
+        assert torch.equal(values[name].grad, parameter.grad), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("options", OPERATOR_SETTINGS.values(), ids=OPERATOR_SETTINGS)
+def test_copies(options, tmp_path):
+    fusion = DEQFusion(DIM, COUNT, **options).eval()
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    features = torch.randn(COUNT, 5, DIM)
+    expected = fusion(features)
+    for made in (copy.deepcopy(fusion), pickle.loads(pickle.dumps(fusion))):
+        assert torch.equal(made(features), expected)
+        assert repr(made) == repr(fusion)
+        with torch.no_grad():
+            made.fusion_weight.zero_()
+        assert torch.equal(fusion(features), expected)
+
+    fresh = DEQFusion(DIM, COUNT, **options).eval()
+    fresh.load_state_dict(fusion.state_dict())
+    assert torch.equal(fresh(features), expected)
+    save_file(fusion.state_dict(), tmp_path / "layer.safetensors")
+    stored = DEQFusion(DIM, COUNT, **options).eval()
+    stored.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert torch.equal(stored(features), expected)
+
+
+def test_copy_of_an_equilibrium_layer_after_a_backward_pass():
+    fusion = DEQFusion(DIM, COUNT)
+    features = torch.randn(COUNT, 5, DIM)
+    fusion(features).sum().backward()
+    made = copy.deepcopy(fusion)
+    assert torch.equal(made(features), fusion(features))
+    assert torch.equal(made.gate_weight.grad, fusion.gate_weight.grad)
+
+
+DDP = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from deqfusion import Anderson, DEQFusion, Implicit
+
+rank, rendezvous, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+solver = Anderson(tol=1e-10, max_steps=200)
+torch.manual_seed(0)
+fusion = DEQFusion(16, 2, solver=solver, adjoint=Implicit(solver)).double()
+features = torch.randn(2, 12, 16, dtype=torch.float64)
+if rank == 1:  # DDP starts every process from the parameters of the first
+    fusion.reset_parameters()
+model = DistributedDataParallel(fusion)
+model(features[:, rank * 6 : rank * 6 + 6]).square().mean().backward()
+if rank == 0:
+    torch.save({name: p.grad for name, p in fusion.named_parameters()}, out)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_gives_the_single_process_gradients(tmp_path):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this build of PyTorch has no gloo")
+    rendezvous, out = tmp_path / "rendezvous", tmp_path / "gradients.pt"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DDP, str(rank), str(rendezvous), str(out)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+
+    solver = Anderson(tol=1e-10, max_steps=200)
+    torch.manual_seed(0)
+    fusion = DEQFusion(16, 2, solver=solver, adjoint=Implicit(solver)).double()
+    features = torch.randn(2, 12, 16, dtype=torch.float64)
+    fusion(features).square().mean().backward()
+    got = torch.load(out, weights_only=True)
+    assert_close(got, {name: p.grad for name, p in fusion.named_parameters()}, 1e-9)
