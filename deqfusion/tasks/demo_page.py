@@ -63,7 +63,8 @@ def page(comparison: Comparison, timings: Timings) -> str:
         "<p>1,797 real images of digits, seen as three modalities: "
         f"{', '.join(DIGITS_MODALITIES)}. For every image, one modality drawn at random is buried "
         f"in noise of {options.noise:g} standard deviations; a model is not told which. Encoders, "
-        "head, data and epochs are the same for every fusion; only the fusion differs. "
+        "head, data and epochs are the same for every fusion; only the fusion differs, "
+        "and DEQ's loss has the Jacobian penalty that keeps its map contracting. "
         f"{seeds} {'seed draws its' if seeds == 1 else 'seeds each draw their'} own split, noise "
         "and parameters; the epoch is chosen on validation rows, the figures are on test rows.</p>",
         "<h2>Accuracy</h2>",
@@ -97,8 +98,8 @@ def page(comparison: Comparison, timings: Timings) -> str:
         sections += ["<h2>Speed on this machine</h2>", *_timing_section(timings)]
     sections.append(
         f"<p class=note>{html.escape(platform.machine())}, Python {platform.python_version()}, "
-        f"PyTorch {html.escape(torch.__version__)}; training on {torch.get_num_threads()} "
-        "threads. All figures were measured by the run that wrote this page; "
+        f"PyTorch {html.escape(torch.__version__)}; training on one "
+        "thread. All figures were measured by the run that wrote this page; "
         "<code>results.json</code> beside it has them in full.</p>"
     )
     return (

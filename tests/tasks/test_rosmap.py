@@ -334,7 +334,7 @@ def test_rosmap_for_a_few_epochs(tmp_path):
     options = ["--data-dir", str(_SHARED / "rosmap"), "--out", str(tmp_path / "out")]
     assert main(["train", "rosmap", *options, "--epochs", "25", "--dim", "64"]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    # Well above chance; the full run's figures are in the README.
+    # Well above the 0.5 of chance, whose standard error is 0.06 on 106 rows.
     assert metrics["auc"] > 0.7
     assert all(float(row["converged"]) > 0.95 for row in _curve(tmp_path / "out"))
 
