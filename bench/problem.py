@@ -69,10 +69,12 @@ class TextbookCell(nn.Module):
     Args:
         parameters: `Problem.parameters`, copied into separate leaves per modality, because a
             gradient through slices of a stacked weight would cost the baselines extra copies.
+        kink: where ReLU starts to pass its input; 0, but for verification beside a kink.
     """
 
-    def __init__(self, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, parameters: dict[str, Tensor], kink: float = 0.0) -> None:
         super().__init__()
+        self.kink = kink
         num_modalities, dim = parameters["modality_bias1"].shape
         self.dim, self.num_modalities = dim, num_modalities
 
@@ -120,18 +122,27 @@ class TextbookCell(nn.Module):
             The next state, (B, (N + 1) d).
         """
         *modalities, fused = flat.split(self.dim, dim=1)
+        purified = self.purify(modalities, features)
+        return torch.cat([*purified, self.combine(purified, fused, injected)], dim=1)
+
+    def purify(self, modalities: Sequence[Tensor], features: Tensor) -> list[Tensor]:
+        """The modality blocks' steps: N states (B, d) and features (N, B, d) -> N states."""
         purified = []
         for i, state in enumerate(modalities):
-            hidden = F.relu(self.norm1[i](self.linear1[i](state)))
+            hidden = self.relu(self.norm1[i](self.linear1[i](state)))
             hidden = self.norm2[i](self.linear2[i](hidden) + features[i])
-            purified.append(self.norm3[i](F.relu(hidden)))
-        return torch.cat([*purified, self.combine(purified, fused, injected)], dim=1)
+            purified.append(self.norm3[i](self.relu(hidden)))
+        return purified
+
+    def relu(self, value: Tensor) -> Tensor:
+        """ReLU, or with a kink elsewhere the input where it is above it, else 0."""
+        return F.relu(value) if self.kink == 0 else value * (value > self.kink)
 
     def combine(self, purified: Sequence[Tensor], fused: Tensor, injected: Tensor) -> Tensor:
         """The fusion block's step: N states (B, d), fused (B, d), injected (B, d) -> (B, d)."""
         gated = [torch.sigmoid(self.gate(fused + state)) * fused for state in purified]
         mixed = self.fuse(torch.stack(gated).sum(dim=0)) + injected
-        return self.fusion_norm(F.relu(mixed))
+        return self.fusion_norm(self.relu(mixed))
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

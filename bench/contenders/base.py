@@ -23,7 +23,10 @@ class Answer:
         state: (N + 1, B, d), the returned equilibrium.
         steps: evaluations by solve, such as {"joint": 21} or {"modality": 11, "fusion": 14}.
         linearised_at: (N + 1, B, d), where the backward linearised; None after a forward.
+        split: whether the fusion step was linearised at the modalities' states themselves.
         adjoint: gives the solved adjoint (N + 1, B, d) on request; None after a forward.
+        gradients_at: (N + 1, B, d), where the final VJP by the parameters was taken, if that is
+            not where the backward linearised.
         gradients: gives the gradients by `DEQFusion` parameter name, and "features", until the
             contender runs again; None after a forward.
     """
@@ -31,7 +34,9 @@ class Answer:
     state: Tensor
     steps: dict[str, int]
     linearised_at: Tensor | None = None
+    split: bool = False
     adjoint: Callable[[], Tensor] | None = None
+    gradients_at: Tensor | None = None
     gradients: Callable[[], Mapping[str, Tensor]] | None = None
 
 

@@ -59,6 +59,7 @@ class Ours(Contender):
             state=state,
             steps=steps,
             linearised_at=state,
+            split=True,
             adjoint=lambda: self._adjoint(steps),
             gradients=self._gradients,
         )

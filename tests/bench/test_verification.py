@@ -68,7 +68,7 @@ def dense_adjoint(system: AdjointSystem) -> Tensor:
     rows, width = system.right_hand_side.shape
     columns = []
     for unit in torch.eye(width, dtype=torch.float64):
-        columns.append(system.vjp(unit.expand(rows, width)))
+        columns.append(system.cuts[0].vjp(unit.expand(rows, width)))
     transposed = torch.stack(columns, dim=2)
     matrix = torch.eye(width, dtype=torch.float64) - transposed
     return system.problem.unflatten(torch.linalg.solve(matrix, system.right_hand_side))
@@ -131,6 +131,23 @@ def test_adjoint_residual_is_by_block() -> None:
     # A modality's adjoint is far smaller than the fusion block's: seen against its own norm.
     adjoint[0, 1] *= 1.01
     assert system.residual(adjoint) > 1e-3
+
+
+def test_either_side_of_a_kink_is_right() -> None:
+    problem = Problem(Shape(3, 16, 1))
+    # Row 1: the first ReLU of channel 0 sees exactly GN's bias, which is put on either side of 0.
+    problem.parameters["modality_weight1"][:] = 0
+    problem.parameters["modality_bias1"][:] = 0
+    problem.parameters["norm1_bias"][:] = 0.5
+    state = torch.randn(2, 3, 16)
+    fp32_side, fp64_side = -1e-7, 1e-7
+    problem.parameters["norm1_bias"][0, 0] = fp32_side
+    adjoint = dense_adjoint(AdjointSystem(problem, state))
+    problem.parameters["norm1_bias"][0, 0] = fp64_side
+    assert AdjointSystem(problem, state).residual(adjoint) < 1e-4
+    problem.parameters["norm1_bias"][0, 0] = 1e-3
+    problem.parameters["modality_weight1"] = torch.randn(1, 16, 16)
+    assert AdjointSystem(problem, state).residual(adjoint) > 1e-2
 
 
 def test_missing_gradient_is_named() -> None:
