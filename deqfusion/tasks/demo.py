@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..data import DIGITS_MODALITIES, DigitsPart, load_digits
 from ..module import DEQFusion
+from ..solution import Equilibrium
 from ..solvers import Anderson, Picard
 from .arguments import real_number, whole_number
 from .classifier import MultimodalClassifier
@@ -215,7 +216,8 @@ def mean_weights(model: MultimodalClassifier, part: DigitsPart) -> NDArray[np.fl
     """
     model.eval()
     solution = model(_rows(part).inputs).equilibrium
-    weights = model.fusion.modality_weights(solution).double().numpy()
+    fusion = cast(DEQFusion, model.fusion)
+    weights = fusion.modality_weights(cast(Equilibrium, solution)).double().numpy()
     groups = range(len(part.modalities))
     return np.stack([weights[:, part.corrupted == group].mean(axis=1) for group in groups])
 
@@ -248,7 +250,7 @@ def convergence(
         joint.load_state_dict(model.fusion.state_dict())
         trace = joint.eval().equilibrium(features, trace=True).stats.trace
         # One problem, hence the same trace for every block.
-        traces[name] = trace[-1].double().numpy()
+        traces[name] = cast(Tensor, trace)[-1].double().numpy()
     return traces
 
 

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -213,7 +213,9 @@ class _State:
         loss = nn.functional.cross_entropy(output.logits, batch.labels)
         objective = loss
         if self.options.jacobian_weight:
-            penalty = self.model.fusion.jacobian_penalty(output.equilibrium, output.features)
+            penalty = cast(DEQFusion, self.model.fusion).jacobian_penalty(
+                cast(Equilibrium, output.equilibrium), output.features
+            )
             objective = loss + self.options.jacobian_weight * penalty
         self.optimizer.zero_grad()
         objective.backward()

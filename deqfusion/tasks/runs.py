@@ -138,7 +138,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors atomically as safetensors, marked as a `kind` ("checkpoint" or "model")."""
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": f"deqfusion-{kind}", "version": str(CONFIG_VERSION)}
+    # One key: safetensors writes several in no fixed order, and equal models should be equal files.
+    metadata = {"format": _tensor_format(kind)}
     write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
 
 
@@ -159,12 +160,9 @@ def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: cannot be read ({reason}), expected a complete safetensors file"
         ) from error
-    expected = {"format": f"deqfusion-{kind}", "version": str(CONFIG_VERSION)}
-    for key, value in expected.items():
-        if metadata.get(key) != value:
-            raise CheckpointError(
-                f"{path}: got {key} {metadata.get(key)!r} in its header, expected {value!r}"
-            )
+    got, expected = metadata.get("format"), _tensor_format(kind)
+    if got != expected:
+        raise CheckpointError(f"{path}: got format {got!r} in its header, expected {expected!r}")
     return tensors
 
 
@@ -187,6 +185,10 @@ def check_tensors(
             raise CheckpointError(f"{path}: tensor {name!r} is {got}, expected {want}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: tensor {name!r} has NaN or inf, expected numbers")
+
+
+def _tensor_format(kind: str) -> str:
+    return f"deqfusion-{kind}-{CONFIG_VERSION}"
 
 
 def _describe(tensor: Tensor) -> str:

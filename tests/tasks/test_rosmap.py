@@ -305,11 +305,11 @@ def _logged(out):
 
 
 def test_killed_run_resumes_to_the_same_model(folder, tmp_path):
-    epochs = 120
+    epochs = 30
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference = _spawn(folder, whole, epochs)
     process = _spawn(folder, killed, epochs)
-    for pause in (0.0, 0.013):
+    for pause in (0.0, 0.02):
         target = _logged(killed) + 5
         deadline = time.monotonic() + 60
         while _logged(killed) < target and time.monotonic() < deadline:

@@ -110,7 +110,7 @@ def test_foreign_tensors(tmp_path):
     with pytest.raises(CheckpointError, match="got format None in its header, expected 'deqfus"):
         read_tensors(path, "model")
     write_tensors(path, "model", {"a": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="got format 'deqfusion-model'"):
+    with pytest.raises(CheckpointError, match="got format 'deqfusion-model-1'"):
         read_tensors(path, "checkpoint")
 
 
