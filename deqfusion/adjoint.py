@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from deqfusion import validation as check
+from deqfusion.reference.solve import SolverOptions
 from deqfusion.solvers import Anderson, Solver, ToleranceSchedule
 
 __all__ = ["Adjoint", "Implicit", "OneStep", "Phantom", "Unroll"]
@@ -21,6 +22,18 @@ __all__ = ["Adjoint", "Implicit", "OneStep", "Phantom", "Unroll"]
 @dataclass(frozen=True)
 class Adjoint:
     """A backward mode; use `Implicit`, `Phantom`, `OneStep` or `Unroll`."""
+
+    @property
+    def encoded(self) -> str:
+        """The solver of lambda = g + J^T lambda, as the operators take it."""
+        raise TypeError(f"adjoint: got {self!r}, expected Implicit, Phantom or OneStep")
+
+
+def _truncated(steps: int, damping: float) -> str:
+    return SolverOptions("truncated", 0.0, 0.0, steps, 0, None, True, damping, False).encode()
+
+
+_ONE_STEP = _truncated(1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,10 @@ class Implicit(Adjoint):
         if isinstance(self.solver.tol, ToleranceSchedule):
             raise TypeError("Implicit(solver=...): got a tol schedule, expected a float tol")
 
+    @property
+    def encoded(self) -> str:
+        return self.solver.encoded
+
 
 @dataclass(frozen=True)
 class Phantom(Adjoint):
@@ -59,10 +76,16 @@ class Phantom(Adjoint):
 
     steps: int = 5
     damping: float = 0.5
+    _encoded: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
         check.count("steps", self.steps, minimum=1)
         check.fraction("damping", self.damping)
+        object.__setattr__(self, "_encoded", _truncated(self.steps, float(self.damping)))
+
+    @property
+    def encoded(self) -> str:
+        return self._encoded
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,10 @@ class OneStep(Adjoint):
     Source: S. W. Fung et al., "JFB: Jacobian-free backpropagation for implicit networks", AAAI
     2022.
     """
+
+    @property
+    def encoded(self) -> str:
+        return _ONE_STEP
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _add_default_injection(found: dict[str, Tensor], names: Sequence[str], like:
 
 
 def load_official(
-    fusion: DEQFusion, state_dict: Mapping[str, Tensor], *, prefix: str | None = None
+    fusion: DEQFusion, state_dict: Mapping[str, Any], *, prefix: str | None = None
 ) -> None:
     """Copies parameters saved by the authors' code into a fusion layer.
 
@@ -173,7 +173,7 @@ def load_official(
     if problems:
         hint = ""
         if any(".gate.weight" in shape for shape in shapes):
-            hint = f'; the layer has gate_input="{fusion.gate_input}"'
+            hint = f'; the layer has gate_input="{fusion.options.gate_input}"'
         raise ValueError(
             f"state_dict does not fit DEQFusion(dim={fusion.dim}, "
             f"num_modalities={fusion.num_modalities}): {'; '.join(problems)}{hint}"
@@ -203,8 +203,8 @@ def export_official(fusion: DEQFusion, grad: bool = False) -> dict[str, Tensor]:
     source: dict[str, Tensor] = {}
     for name, parameter in fusion.named_parameters():
         if grad:
-            has_grad = parameter.grad is not None
-            source[name] = parameter.grad if has_grad else torch.zeros_like(parameter)
+            gradient = parameter.grad
+            source[name] = torch.zeros_like(parameter) if gradient is None else gradient
         else:
             source[name] = parameter
     return {
@@ -299,9 +299,9 @@ class OfficialDEQFusion(nn.Module):
         else:
             forward_solver = Broyden(tol, atol, max_steps=f_thres)
             backward_solver = Broyden(eps, max_steps=b_thres)
-        # On the meta device the engine holds no memory and draws no random numbers: the
-        # parameters below take the place of its own in every call.
-        with torch.device("meta"):
+        # On the meta device the engine holds no memory: the parameters below take the place of
+        # its own in every call. Its initialisation must not move the generator they draw from.
+        with torch.device("meta"), torch.random.fork_rng(devices=()):
             engine = DEQFusion(
                 channel_dim,
                 num_modals,
@@ -317,7 +317,7 @@ class OfficialDEQFusion(nn.Module):
         self._engine = (_Solve(engine),)
 
         def norm() -> nn.Module:
-            return nn.GroupNorm(engine.num_groups, channel_dim)
+            return nn.GroupNorm(engine.options.num_groups, channel_dim)
 
         branches: list[nn.Module] = []
         for _ in range(num_modals):
@@ -377,7 +377,7 @@ class OfficialDEQFusion(nn.Module):
         if loss is None:
             loss = equilibrium.fused.new_zeros(())
         if self.deq:
-            trace = _official_trace(equilibrium, self.stop_mode)
+            trace = _official_trace(equilibrium, self.stop_mode, solve.fusion.joint)
         else:
             trace = {
                 "nstep": self.num_layers,
@@ -405,7 +405,7 @@ def _official_state(equilibrium: Equilibrium) -> Tensor:
     return equilibrium.state.detach().movedim(0, -2).flatten(-2)
 
 
-def _official_trace(equilibrium: Equilibrium, stop_mode: str) -> dict[str, Any]:
+def _official_trace(equilibrium: Equilibrium, stop_mode: str, joint: bool) -> dict[str, Any]:
     """Combines the rows' and blocks' residuals into the authors' traces of the whole batch.
 
     Entry k is what the batch looks like when every row of every block has been evaluated k+1
@@ -423,9 +423,15 @@ def _official_trace(equilibrium: Equilibrium, stop_mode: str) -> dict[str, Any]:
         `result`, the state (B, (N+1) d).
     """
     stats = equilibrium.stats
+    assert stats.absolute_trace is not None  # every solve here records its trace
+    assert stats.trace is not None
     absolute, relative = _hold(stats.absolute_trace), _hold(stats.trace)
+    at_rest = equilibrium.state.detach().norm(dim=-1, keepdim=True)
+    if joint:
+        # One problem, whose statistics stand at every block.
+        absolute, relative = absolute[:1], relative[:1]
+        at_rest = at_rest.norm(dim=0, keepdim=True)
     # ||f|| is recovered from the two residuals; where both are 0, f(z) = z is the state itself.
-    at_rest = equilibrium.state.detach().norm(dim=-1, keepdim=True).expand_as(relative)
     size = torch.where(relative > 0, absolute / relative, at_rest)
     steps = absolute.shape[-1]
     absolute_norm = absolute.reshape(-1, steps).double().norm(dim=0)

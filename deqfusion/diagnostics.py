@@ -79,9 +79,7 @@ def spectral_radius(
     state, x, injection = (t.to(dtype) for t in (state, x, injection))
     finite = state.isfinite().all(-1).all(0)
     finite &= x.isfinite().all(-1).all(0) & injection.isfinite().all(-1)
-    state, x, injection = (
-        torch.where(finite.unsqueeze(-1), t, 0.0) for t in (state, x, injection)
-    )
+    state, x, injection = (torch.where(finite.unsqueeze(-1), t, 0.0) for t in (state, x, injection))
     if x.shape[1] == 0:
         return x.new_zeros(0)
     z = state[:-1].contiguous()

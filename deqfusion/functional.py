@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 import deqfusion.ops  # noqa: F401  registers the operators
-from deqfusion.adjoint import Adjoint, Implicit, OneStep, Phantom
+from deqfusion.adjoint import Adjoint, Implicit
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
-from deqfusion.reference.solve import SolverOptions
-from deqfusion.solvers import Anderson, Broyden, Picard, Solver
+from deqfusion.solvers import Anderson, Solver
 
 __all__ = [
     "BlockSolution",
@@ -36,7 +35,7 @@ __all__ = [
 ]
 
 _M, _F = len(ModalityParameters._fields), len(FusionParameters._fields)
-_C, _S = len(CellOptions._fields), len(SolverOptions._fields)
+_C, _S = len(CellOptions._fields), 1
 
 
 class BlockSolution(NamedTuple):
@@ -64,33 +63,6 @@ class LinearStats(NamedTuple):
     status: Tensor
     steps: Tensor
     residual: Tensor
-
-
-def solver_options(solver: Solver) -> SolverOptions:
-    """The solver in the plain values that the operators take."""
-    common = (solver.final_tol, float(solver.atol), solver.max_steps)
-    if isinstance(solver, Anderson):
-        return SolverOptions(
-            "anderson", *common, solver.memory, solver.ridge, solver.ridge_mode == "relative",
-            float(solver.mixing), solver.ladder == "auto",
-        )  # fmt: skip
-    if isinstance(solver, Picard):
-        return SolverOptions("picard", *common, 0, None, True, float(solver.damping), False)
-    if isinstance(solver, Broyden):
-        return SolverOptions("broyden", *common, solver.memory, None, True, 1.0, False)
-    raise TypeError(f"solver: got {solver!r}, expected Anderson, Picard or Broyden")
-
-
-def adjoint_options(adjoint: Adjoint) -> SolverOptions:
-    """The backward mode in the plain values that the operators take."""
-    if isinstance(adjoint, Implicit):
-        return solver_options(adjoint.solver)
-    if isinstance(adjoint, (Phantom, OneStep)):
-        steps, damping = (
-            (adjoint.steps, adjoint.damping) if isinstance(adjoint, Phantom) else (1, 1.0)
-        )
-        return SolverOptions("truncated", 0.0, 0.0, steps, 0, None, True, float(damping), False)
-    raise TypeError(f"adjoint: got {adjoint!r}, expected Implicit, Phantom or OneStep")
 
 
 class _Inject(torch.autograd.Function):
@@ -133,19 +105,17 @@ def inject(x: Tensor, weight: Tensor, bias: Tensor, present: Tensor | None = Non
 class _ModalityEquilibrium(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, init: Tensor | None, present: Tensor | None, tolerance: Tensor | None,
-        record: bool, adjoint: tuple[Any, ...], *rest: Any,
+        ctx: Any, x: Tensor, init: Tensor | None, present: Tensor | None, tolerance: Tensor | None,
+        record: bool, adjoint: str, *rest: Any,
     ) -> Any:  # fmt: skip
-        return torch.ops.deqfusion.modality_equilibrium(x, init, present, *rest, tolerance, record)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, _, present, _, _, adjoint, *rest = inputs
-        state, status, steps, residual, trace = output
+        state, status, steps, residual, trace = torch.ops.deqfusion.modality_equilibrium(
+            x, init, present, *rest, tolerance, record
+        )
         ctx.mark_non_differentiable(status, steps, residual, trace)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, present, state, status, *rest[:_M])
         ctx.adjoint, ctx.cell = adjoint, rest[_M : _M + _C]
+        return state, status, steps, residual, trace
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
@@ -154,7 +124,7 @@ class _ModalityEquilibrium(torch.autograd.Function):
             return nothing
         x, present, state, status, *parameters = ctx.saved_tensors
         dx, *grads = torch.ops.deqfusion.modality_adjoint(
-            gradient, state, status, x, present, *parameters, *ctx.cell, *ctx.adjoint
+            gradient, state, status, x, present, *parameters, *ctx.cell, ctx.adjoint
         )
         return (dx, *nothing[:5], *grads[:_M], *nothing[: _C + _S])
 
@@ -162,24 +132,20 @@ class _ModalityEquilibrium(torch.autograd.Function):
 class _FusionEquilibrium(torch.autograd.Function):
     @staticmethod
     def forward(
-        modalities: Tensor, injection: Tensor, init: Tensor | None, gate_mask: Tensor | None,
-        fusion_mask: Tensor | None, tolerance: Tensor | None, record: bool,
-        adjoint: tuple[Any, ...], *rest: Any,
+        ctx: Any, modalities: Tensor, injection: Tensor, init: Tensor | None,
+        gate_mask: Tensor | None, fusion_mask: Tensor | None, tolerance: Tensor | None,
+        record: bool, adjoint: str, *rest: Any,
     ) -> Any:  # fmt: skip
-        return torch.ops.deqfusion.fusion_equilibrium(
+        state, status, steps, residual, trace = torch.ops.deqfusion.fusion_equilibrium(
             modalities, injection, init, gate_mask, fusion_mask, *rest, tolerance, record
         )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        modalities, injection, _, gate_mask, fusion_mask, _, _, adjoint, *rest = inputs
-        state, status, steps, residual, trace = output
         ctx.mark_non_differentiable(status, steps, residual, trace)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             modalities, injection, gate_mask, fusion_mask, state, status, *rest[:_F]
         )
         ctx.adjoint, ctx.cell = adjoint, rest[_F : _F + _C]
+        return state, status, steps, residual, trace
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
@@ -189,7 +155,7 @@ class _FusionEquilibrium(torch.autograd.Function):
         modalities, injection, gate_mask, fusion_mask, state, status, *p = ctx.saved_tensors
         dm, dx, *grads = torch.ops.deqfusion.fusion_adjoint(
             gradient, state, status, modalities, injection, gate_mask, fusion_mask, *p, *ctx.cell,
-            *ctx.adjoint,
+            ctx.adjoint,
         )  # fmt: skip
         return (dm, dx, *nothing[:6], *grads[:_F], *nothing[: _C + _S])
 
@@ -197,34 +163,30 @@ class _FusionEquilibrium(torch.autograd.Function):
 class _JointEquilibrium(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, injection: Tensor, init: Tensor | None, present: Tensor | None,
+        ctx: Any, x: Tensor, injection: Tensor, init: Tensor | None, present: Tensor | None,
         gate_mask: Tensor | None, fusion_mask: Tensor | None, tolerance: Tensor | None,
-        record: bool, adjoint: tuple[Any, ...], *rest: Any,
+        record: bool, adjoint: str, *rest: Any,
     ) -> Any:  # fmt: skip
-        return torch.ops.deqfusion.joint_equilibrium(
+        state, status, steps, residual, trace = torch.ops.deqfusion.joint_equilibrium(
             x, injection, init, present, gate_mask, fusion_mask, *rest, tolerance, record
         )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, injection, _, present, gate_mask, fusion_mask, _, _, adjoint, *rest = inputs
-        state, status, steps, residual, trace = output
         ctx.mark_non_differentiable(status, steps, residual, trace)
         ctx.save_for_backward(
             x, injection, present, gate_mask, fusion_mask, state, status, *rest[: _M + _F]
         )
         ctx.adjoint, ctx.cell = adjoint, rest[_M + _F : _M + _F + _C]
+        return state, status, steps, residual, trace
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
         x, injection, present, gate_mask, fusion_mask, state, status, *p = ctx.saved_tensors
         dm, dinjection, *fusion = torch.ops.deqfusion.fusion_adjoint(
             gradient[-1], state[-1], status[-1], state[:-1], injection, gate_mask, fusion_mask,
-            *p[_M:], *ctx.cell, *ctx.adjoint,
+            *p[_M:], *ctx.cell, ctx.adjoint,
         )  # fmt: skip
         dx, *modality = torch.ops.deqfusion.modality_adjoint(
             gradient[:-1] + dm, state[:-1], status[:-1], x, present, *p[:_M], *ctx.cell,
-            *ctx.adjoint,
+            ctx.adjoint,
         )  # fmt: skip
         nothing = (None,) * 7
         rest = (None,) * (_C + _S)
@@ -262,8 +224,8 @@ def modality_equilibrium(
     Source: arXiv 2306.16645, equations 3 to 5; gradients by the implicit function theorem.
     """
     state, *rest = _ModalityEquilibrium.apply(
-        x, init, present, tolerance, trace, tuple(adjoint_options(adjoint)), *parameters, *cell,
-        *solver_options(solver),
+        x, init, present, tolerance, trace, adjoint.encoded, *parameters, *cell,
+        solver.encoded,
     )  # fmt: skip
     return BlockSolution(state, *rest)
 
@@ -300,7 +262,7 @@ def fusion_equilibrium(
     """
     state, *rest = _FusionEquilibrium.apply(
         modalities, injection, init, gate_mask, fusion_mask, tolerance, trace,
-        tuple(adjoint_options(adjoint)), *parameters, *cell, *solver_options(solver),
+        adjoint.encoded, *parameters, *cell, solver.encoded,
     )  # fmt: skip
     return BlockSolution(state, *rest)
 
@@ -331,8 +293,8 @@ def joint_equilibrium(
     """
     state, *rest = _JointEquilibrium.apply(
         x, injection, init, present, gate_mask, fusion_mask, tolerance, trace,
-        tuple(adjoint_options(adjoint)), *modality_parameters, *fusion_parameters, *cell,
-        *solver_options(solver),
+        adjoint.encoded, *modality_parameters, *fusion_parameters, *cell,
+        solver.encoded,
     )  # fmt: skip
     return BlockSolution(state, *rest)
 
@@ -362,7 +324,7 @@ def modality_adjoint(
     if status is None:
         status = torch.zeros(z.shape[:2], dtype=torch.int32, device=z.device)
     dx, *rest = torch.ops.deqfusion.modality_adjoint(
-        gradient, z, status, x, present, *parameters, *cell, *adjoint_options(adjoint)
+        gradient, z, status, x, present, *parameters, *cell, adjoint.encoded
     )
     return dx, ModalityParameters(*rest[:_M]), LinearStats(*rest[_M:])
 
@@ -395,8 +357,6 @@ def fusion_adjoint(
         status = torch.zeros(z.shape[:1], dtype=torch.int32, device=z.device)
     dm, dx, *rest = torch.ops.deqfusion.fusion_adjoint(
         gradient, z, status, modalities, injection, gate_mask, fusion_mask, *parameters, *cell,
-        *adjoint_options(adjoint),
+        adjoint.encoded,
     )  # fmt: skip
     return dm, dx, FusionParameters(*rest[:_F]), LinearStats(*rest[_F:])
-
-

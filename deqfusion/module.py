@@ -100,11 +100,12 @@ class DEQFusion(nn.Module):
         self.fusion_norm_weight, self.fusion_norm_bias = parameter(d), parameter(d)
         self.injection_weight, self.injection_bias = parameter(n), parameter(1)
         if isinstance(solver.tol, ToleranceSchedule):
+            self.solver_progress: Tensor
             self.register_buffer("solver_progress", torch.zeros((), dtype=torch.long))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws products from U(+-1/sqrt(fan_in)) as `nn.Linear` does; norms and injection 1 and 0."""
+        """Draws weights and biases as `nn.Linear` does; norms and injection begin at 1 and 0."""
         with torch.no_grad():
             for weight, bias in (
                 (self.modality_weight1, self.modality_bias1),
@@ -302,9 +303,7 @@ class DEQFusion(nn.Module):
                 "call under torch.autocast)"
             )
         leading = x.shape[1:-1]
-        x = x.reshape(self.num_modalities, -1, self.dim) if leading.numel() else x.reshape(
-            self.num_modalities, 0, self.dim
-        )  # fmt: skip
+        x = x.reshape(self.num_modalities, -1, self.dim)
         present = None
         if mask is not None:
             present = check.mask(mask, leading, self.num_modalities)
@@ -330,12 +329,9 @@ class DEQFusion(nn.Module):
         value = init.state if isinstance(init, Equilibrium) else init
         check.state(value, self.num_modalities, leading, self.dim, "init")
         check.same_device("init", value, self.modality_weight1.device, "the parameters")
-        rows = leading.numel()
-        return value.detach().reshape(self.num_modalities + 1, rows, self.dim).to(dtype)
+        return value.detach().reshape(self.num_modalities + 1, -1, self.dim).to(dtype)
 
-    def _masks(
-        self, x: Tensor, present: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _masks(self, x: Tensor, present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Factors on the gates (N, R, 1 or d) and on the fusion product (R, d): one per solve."""
         gate = None if present is None else present.unsqueeze(-1).to(x.dtype)
         if not (self.training and self.dropout):

@@ -30,11 +30,8 @@ __all__ = ["BACKENDS", "backend"]
 
 BACKENDS = ("auto", "reference")
 
-_CELL = "int num_groups, str gate, str gate_input, bool skip, str tail, float eps"
-_SOLVER = (
-    "str method, float rtol, float atol, int max_steps, int memory, float? ridge, "
-    "bool relative_ridge, float mixing, bool ladder"
-)
+_CELL = "int num_groups, str gate, str gate_input, bool skip, str tail"
+_SOLVER = "str solver"
 _MODALITY = ", ".join(f"Tensor {name}" for name in ModalityParameters._fields)
 _FUSION = ", ".join(f"Tensor fusion_{name}" for name in FusionParameters._fields)
 _MASKS = "Tensor? gate_mask, Tensor? fusion_mask"
@@ -45,8 +42,8 @@ _SCHEMAS = {
     f"{_SOLVER}, Tensor? tolerance, bool record) -> {_SOLUTION}",
     "modality_adjoint": f"(Tensor gradient, Tensor z, Tensor status, Tensor x, Tensor? present, "
     f"{_MODALITY}, {_CELL}, {_SOLVER}) -> ({', '.join(['Tensor'] * 14)})",
-    "fusion_equilibrium": f"(Tensor modalities, Tensor injection, Tensor? init, {_MASKS}, {_FUSION}, "
-    f"{_CELL}, {_SOLVER}, Tensor? tolerance, bool record) -> {_SOLUTION}",
+    "fusion_equilibrium": "(Tensor modalities, Tensor injection, Tensor? init, "
+    f"{_MASKS}, {_FUSION}, {_CELL}, {_SOLVER}, Tensor? tolerance, bool record) -> {_SOLUTION}",
     "fusion_adjoint": f"(Tensor gradient, Tensor z, Tensor status, Tensor modalities, "
     f"Tensor injection, {_MASKS}, {_FUSION}, {_CELL}, {_SOLVER}) -> "
     f"({', '.join(['Tensor'] * 11)})",
@@ -55,7 +52,7 @@ _SCHEMAS = {
 }
 
 _M, _F = len(ModalityParameters._fields), len(FusionParameters._fields)
-_C, _S = len(CellOptions._fields), len(SolverOptions._fields)
+_C, _S = len(CellOptions._fields), 1
 
 
 def backend() -> str:
@@ -66,9 +63,7 @@ def backend() -> str:
     """
     name = os.environ.get("DEQFUSION_BACKEND", "auto")
     if name not in BACKENDS:
-        raise ValueError(
-            f"DEQFUSION_BACKEND: got {name!r}, expected one of {', '.join(BACKENDS)}"
-        )
+        raise ValueError(f"DEQFUSION_BACKEND: got {name!r}, expected one of {', '.join(BACKENDS)}")
     return name
 
 
@@ -89,7 +84,7 @@ def _modality_equilibrium(
     x: Tensor, init: Tensor | None, present: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     p, c, s, (tolerance, record) = _split(rest, _M, _C, _S)
-    parameters, cell, solver = ModalityParameters(*p), CellOptions(*c), SolverOptions(*s)
+    parameters, cell, solver = ModalityParameters(*p), CellOptions(*c), SolverOptions.decode(*s)
     return tuple(
         solve.solve_modality(x, init, present, parameters, cell, solver, tolerance, record)
     )
@@ -100,7 +95,14 @@ def _modality_adjoint(
 ) -> tuple[Tensor, ...]:
     p, c, s, _ = _split(rest, _M, _C, _S)
     dx, grads, outcome = solve.adjoint_modality(
-        gradient, z, status, x, present, ModalityParameters(*p), CellOptions(*c), SolverOptions(*s)
+        gradient,
+        z,
+        status,
+        x,
+        present,
+        ModalityParameters(*p),
+        CellOptions(*c),
+        SolverOptions.decode(*s),
     )
     return dx, *grads, *outcome[1:]
 
@@ -112,7 +114,7 @@ def _fusion_equilibrium(
     p, c, s, (tolerance, record) = _split(rest, _F, _C, _S)
     solution = solve.solve_fusion(
         modalities, injection, init, gate_mask, fusion_mask, FusionParameters(*p), CellOptions(*c),
-        SolverOptions(*s), tolerance, record,
+        SolverOptions.decode(*s), tolerance, record,
     )  # fmt: skip
     return tuple(t.squeeze(0) for t in solution)
 
@@ -124,7 +126,7 @@ def _fusion_adjoint(
     p, c, s, _ = _split(rest, _F, _C, _S)
     dm, dx, grads, outcome = solve.adjoint_fusion(
         gradient, z, status, modalities, injection, gate_mask, fusion_mask, FusionParameters(*p),
-        CellOptions(*c), SolverOptions(*s),
+        CellOptions(*c), SolverOptions.decode(*s),
     )  # fmt: skip
     return dm, dx, *grads, *(t.squeeze(0) for t in outcome[1:])
 
@@ -137,7 +139,7 @@ def _joint_equilibrium(
     return tuple(
         joint.solve_joint(
             x, injection, init, present, gate_mask, fusion_mask, ModalityParameters(*pm),
-            FusionParameters(*pf), CellOptions(*c), SolverOptions(*s), tolerance, record,
+            FusionParameters(*pf), CellOptions(*c), SolverOptions.decode(*s), tolerance, record,
         )
     )  # fmt: skip
 
@@ -165,7 +167,7 @@ def _fresh(tensors: Any) -> list[Tensor]:
 
 def _fake_modality_equilibrium(x: Tensor, init: Any, present: Any, *rest: Any) -> Any:
     _, _, s, (_, record) = _split(rest, _M, _C, _S)
-    return _solution_like(x, tuple(x.shape[:2]), SolverOptions(*s).max_steps, record)
+    return _solution_like(x, tuple(x.shape[:2]), SolverOptions.decode(*s).max_steps, record)
 
 
 def _fake_modality_adjoint(
@@ -179,7 +181,7 @@ def _fake_fusion_equilibrium(
     modalities: Tensor, injection: Tensor, init: Any, gate_mask: Any, fusion_mask: Any, *rest: Any
 ) -> Any:
     _, _, s, (_, record) = _split(rest, _F, _C, _S)
-    steps = SolverOptions(*s).max_steps
+    steps = SolverOptions.decode(*s).max_steps
     return _solution_like(injection, tuple(injection.shape[:1]), steps, record)
 
 
@@ -197,7 +199,7 @@ def _fake_joint_equilibrium(
 ) -> Any:  # fmt: skip
     _, _, _, s, (_, record) = _split(rest, _M, _F, _C, _S)
     state = x.new_empty((x.shape[0] + 1, *x.shape[1:]))
-    return _solution_like(state, tuple(state.shape[:2]), SolverOptions(*s).max_steps, record)
+    return _solution_like(state, tuple(state.shape[:2]), SolverOptions.decode(*s).max_steps, record)
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -218,6 +220,9 @@ def _register() -> None:
         torch.library.impl(qualified, "CPU", implementation)
         torch.library.impl(qualified, "CUDA", implementation)
         torch.library.register_fake(qualified, fake)
+        # No formula here: `deqfusion.functional` differentiates, and an operator called on its
+        # own returns tensors that do not require gradients.
+        torch.library.impl(qualified, "Autograd", torch.library.fallthrough_kernel)
 
 
 def _checked(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
 r"""The Jacobian penalty: E ||J v||^2 / numel over Gaussian v, an estimate of ||J||_F^2 / numel.
 
-J is the Jacobian of the joint map at the equilibrium. The authors, after S. Bai et al., "Stabilizing
-equilibrium models by Jacobian regularization", ICML 2021, use v^T J; the estimator with J v has the
-same mean, and for Gaussian v the same variance (2 ||J J^T||_F^2 = 2 ||J^T J||_F^2), while its
+J is the Jacobian of the joint map at the equilibrium. The authors use v^T J, after S. Bai et al.,
+"Stabilizing equilibrium models by Jacobian regularization", ICML 2021; the estimator with J v has
+the same mean, and for Gaussian v the same variance (2 ||J J^T||_F^2 = 2 ||J^T J||_F^2), while its
 gradient is a single backward pass, which compiles.
 """
 

@@ -16,12 +16,13 @@ Comp. 19 (1965). Numbered differences are in the classes' docstrings.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from deqfusion import validation as check
+from deqfusion.reference.solve import SolverOptions
 
 __all__ = ["Anderson", "Broyden", "Picard", "Solver", "ToleranceSchedule"]
 
@@ -75,12 +76,24 @@ class Solver:
     tol: float | ToleranceSchedule = 1e-3
     atol: float = 0.0
     max_steps: int = 50
+    encoded: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
         if not isinstance(self.tol, ToleranceSchedule):
             check.positive("tol", self.tol)
         check.non_negative("atol", self.atol)
         check.count("max_steps", self.max_steps, minimum=1)
+
+    def _options(self) -> SolverOptions:
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        # Encoded once, at construction: the operators take it as it is.
+        object.__setattr__(self, "encoded", self._options().encode())
+
+    @property
+    def _common(self) -> tuple[float, float, int]:
+        return self.final_tol, float(self.atol), self.max_steps
 
     @property
     def final_tol(self) -> float:
@@ -125,6 +138,14 @@ class Anderson(Solver):
         check.choice("ridge_mode", self.ridge_mode, ("relative", "absolute"))
         check.fraction("mixing", self.mixing)
         check.choice("ladder", self.ladder, ("auto", "off"))
+        self._finish()
+
+    def _options(self) -> SolverOptions:
+        relative = self.ridge_mode == "relative"
+        return SolverOptions(
+            "anderson", *self._common, self.memory, self.ridge, relative, float(self.mixing),
+            self.ladder == "auto",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,6 +162,10 @@ class Picard(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         check.fraction("damping", self.damping)
+        self._finish()
+
+    def _options(self) -> SolverOptions:
+        return SolverOptions("picard", *self._common, 0, None, True, float(self.damping), False)
 
 
 @dataclass(frozen=True)
@@ -160,3 +185,7 @@ class Broyden(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         check.count("memory", self.memory, minimum=1)
+        self._finish()
+
+    def _options(self) -> SolverOptions:
+        return SolverOptions("broyden", *self._common, self.memory, None, True, 1.0, False)

@@ -78,7 +78,8 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 def instance(name: str, value: Any, kind: type) -> None:
     """An instance of a subclass of `kind` (which is abstract)."""
     if not isinstance(value, kind) or type(value) is kind:
-        names = ", ".join(sorted(sub.__name__ for sub in kind.__subclasses__()))
+        children: list[type] = kind.__subclasses__()
+        names = ", ".join(sorted(child.__name__ for child in children))
         raise TypeError(f"{name}: got {value!r}, expected an instance of one of: {names}")
 
 

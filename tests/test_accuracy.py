@@ -21,10 +21,12 @@ def layer_and_features(seed: int, **options) -> tuple[DEQFusion, torch.Tensor]:
 def verified_residual(
     fusion: DEQFusion, state: torch.Tensor, features: torch.Tensor, **options
 ) -> torch.Tensor:
-    """||f(z) - z|| / ||f(z)|| per block and row, in fp64."""
+    """||f(z) - z|| / ||f(z)|| in fp64, per row, of each block or of the whole state."""
     parameters = {name: value.detach().double() for name, value in fusion.state_dict().items()}
     z = state.detach().double()
     step = textbook_cell(parameters, z, list(features.double()), CellOptions(**options))
+    if fusion.joint:
+        step, z = (v.transpose(0, 1).flatten(1) for v in (step, z))
     return (step - z).norm(dim=-1) / step.norm(dim=-1)
 
 

@@ -171,8 +171,8 @@ def test_solver_and_adjoint_values(make, kind, fragments):
     [
         (torch.ones(BATCH, COUNT + 1, dtype=torch.bool), ValueError, ("mask", "(6, 3)", "(6, 2)")),
         (torch.ones(COUNT, BATCH, dtype=torch.bool), ValueError, ("mask", "(2, 6)", "(6, 2)")),
-        (torch.zeros(BATCH, COUNT, dtype=torch.bool), ValueError, ("mask", "no modality")),
-        ([[True, True]] * BATCH, TypeError, ("mask", "list")),
+        (torch.ones(BATCH, COUNT, dtype=torch.bool), ValueError, ("mask", "no modality")),
+        ([[False, True]] * BATCH, TypeError, ("mask", "list")),
     ],
 )
 def test_mask(fusion, mask, kind, fragments):
@@ -182,8 +182,8 @@ def test_mask(fusion, mask, kind, fragments):
 
 
 def test_mask_with_one_row_empty(fusion):
-    mask = torch.ones(BATCH, COUNT, dtype=torch.bool)
-    mask[3] = False
+    mask = torch.zeros(BATCH, COUNT, dtype=torch.bool)
+    mask[3] = True
     with pytest.raises(ValueError, match="expected") as error:
         fusion.equilibrium(features(), mask=mask)
     assert_names(error, "mask", "no modality", "1")

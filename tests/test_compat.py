@@ -21,7 +21,7 @@ from deqfusion.testing import (
 )
 from deqfusion.testing.golden import stack_official
 
-DIM, COUNT = 16, 2
+DIM, COUNT = 32, 2
 OFFICIAL = CellOptions(gate="identity", skip=True)
 
 
@@ -30,7 +30,7 @@ def engine(**options) -> DEQFusion:
 
 
 def calm(layer: OfficialDEQFusion) -> OfficialDEQFusion:
-    """Shrinks the parameters until the map contracts, as the golden `official_calm` cases do."""
+    """Shrinks the parameters until the map contracts, which as drawn it does not."""
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if ".gn3." in name or ".gate." in name:
@@ -79,7 +79,7 @@ class TestCheckpoints:
         message = str(error.value)
         assert "missing: fusion.func_.branches.1.gn2.bias" in message
         assert "unexpected: fusion.func_.branches.7.conv1.weight" in message
-        assert "fusion.func_.branches.0.conv2.bias (5,) (expected (16,))" in message
+        assert "fusion.func_.branches.0.conv2.bias (5,) (expected (32,))" in message
         for name, value in fusion.state_dict().items():
             assert torch.equal(value, before[name]), "a refused checkpoint must change nothing"
 
@@ -102,9 +102,9 @@ class TestCheckpoints:
 
     def test_gate_of_the_other_kind(self):
         wide = DEQFusion(DIM, COUNT, gate_input="concat")
-        with pytest.raises(ValueError, match=r"gate\.weight \(16, 16\).*gate_input=\"concat\""):
+        with pytest.raises(ValueError, match=r"gate\.weight \(32, 32\).*gate_input=\"concat\""):
             load_official(wide, checkpoint())
-        with pytest.raises(ValueError, match=r"gate\.weight \(16, 32\).*gate_input=\"sum\""):
+        with pytest.raises(ValueError, match=r"gate\.weight \(32, 64\).*gate_input=\"sum\""):
             load_official(engine(), export_official(wide))
         load_official(DEQFusion(DIM, COUNT, gate_input="concat"), export_official(wide))
 
@@ -244,11 +244,11 @@ class TestOfficialLayer:
 
     def test_jacobian_loss(self):
         torch.manual_seed(0)
-        layer = calm(OfficialDEQFusion(DIM, COUNT)).double()
+        layer = calm(OfficialDEQFusion(DIM, COUNT, stop_mode="rel", eps=1e-8)).double()
         features = [torch.randn(5, DIM, dtype=torch.float64) for _ in range(COUNT)]
         with torch.no_grad():
             _, loss, _ = layer.train()(features)
-        draws = [layer(features)[1] for _ in range(150)]
+        draws = [layer(features)[1] for _ in range(60)]
         assert all(draw.shape == (1, 1) for draw in draws)
         estimates = torch.cat(draws).detach()
         state = layer(features)[2]["result"].reshape(5, COUNT + 1, DIM).transpose(0, 1)
@@ -261,22 +261,22 @@ class TestOfficialLayer:
         exact = jacobian.square().sum() / state.numel()
         error = estimates.std() / len(estimates) ** 0.5
         assert abs(estimates.mean() - exact) < 3 * error
-        assert error < 0.1 * exact
+        assert error < 0.2 * exact
         gradient = torch.autograd.grad(draws[0].sum(), layer.func_["branches"][0]["conv1"].weight)
         assert gradient[0].any()
         assert loss.shape == (1, 1)
 
     def test_weight_tied_steps(self):
         torch.manual_seed(0)
-        features = [torch.randn(5, DIM) for _ in range(COUNT)]
+        features = [torch.randn(5, DIM, dtype=torch.float64) for _ in range(COUNT)]
         for steps in (1, 4):
-            layer = OfficialDEQFusion(DIM, COUNT, deq=False, num_layers=steps)
+            layer = OfficialDEQFusion(DIM, COUNT, deq=False, num_layers=steps).double()
             fused, loss, trace = layer(features)
             parameters = stack_official(dict(layer.named_parameters()), COUNT)
-            state = torch.zeros(COUNT + 1, 5, DIM)
+            state = torch.zeros(COUNT + 1, 5, DIM, dtype=torch.float64)
             for _ in range(steps):
                 state = textbook_cell(parameters, state, features, OFFICIAL)
-            assert torch.allclose(fused, state[-1], atol=1e-5)
+            assert torch.allclose(fused, state[-1], rtol=1e-9, atol=1e-11)
             assert loss.item() == 0
             assert loss.shape == (1, 1)
             assert trace["rel_trace"] == []

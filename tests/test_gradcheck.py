@@ -61,8 +61,8 @@ def contracting(count: int, seed: int = 0, **options) -> DEQFusion:
 
 def missing_mask(count: int) -> torch.Tensor:
     """Row 0 lacks the first modality, unless it is the only one."""
-    mask = torch.ones(BATCH, count, dtype=torch.bool)
-    mask[0, 0] = count == 1
+    mask = torch.zeros(BATCH, count, dtype=torch.bool)
+    mask[0, 0] = count > 1
     return mask
 
 
@@ -139,7 +139,7 @@ def test_implicit_gradient_equals_the_dense_solution(gate_input, masked):
     state.backward(cotangent)
 
     parameters = {name: p.detach() for name, p in fusion.named_parameters()}
-    present = torch.ones(BATCH, count, dtype=torch.bool) if mask is None else mask
+    present = torch.ones(BATCH, count, dtype=torch.bool) if mask is None else ~mask
 
     def step_of_row(z, rows):
         return textbook_cell(parameters, z, list(features[:, rows]), options, present=present[rows])

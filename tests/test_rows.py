@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deqfusion import Anderson, Broyden, DEQFusion, Picard, Status
+from deqfusion import Anderson, Broyden, DEQFusion, Implicit, Picard, Status
 
 BATCH, DIM, COUNT = 48, 64, 3
 
@@ -50,11 +50,20 @@ def test_alone_in_a_batch_and_in_any_order(layer, dtype):
             assert_same_rows(parts(part), parts(together, rows), tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_gradient_of_a_row_does_not_depend_on_its_neighbours(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "ladder", "tolerance"),
+    [
+        (torch.float64, "auto", 1e-12),
+        (torch.float32, "off", 1e-5),
+        # A last bit decides how a value rounds to bfloat16, so the ladder's first steps pass on
+        # more of it: a tenth of the solver's own tolerance.
+        (torch.float32, "auto", 1e-4),
+    ],
+)
+def test_gradient_of_a_row_does_not_depend_on_its_neighbours(dtype, ladder, tolerance):
     torch.manual_seed(3)
-    fusion = DEQFusion(DIM, COUNT).to(dtype)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    solver = Anderson(ladder=ladder)
+    fusion = DEQFusion(DIM, COUNT, solver=solver, adjoint=Implicit(solver)).to(dtype)
     features = torch.randn(COUNT, BATCH, DIM, dtype=dtype)
     direction = torch.randn(BATCH, DIM, dtype=dtype)
 
@@ -112,7 +121,8 @@ def test_features_as_a_sequence_or_one_tensor():
     assert torch.equal(solve(fusion, tuple(features)).fused, expected)
     strided = torch.randn(6, DIM, COUNT).copy_(features.permute(1, 2, 0)).permute(2, 0, 1)
     assert not strided.is_contiguous()
-    assert torch.equal(solve(fusion, strided).fused, expected)
+    error = (solve(fusion, strided).fused - expected).norm(dim=-1)
+    assert (error < 1e-5 * expected.norm(dim=-1)).all()
 
 
 def test_a_missing_modality_changes_nothing():
@@ -120,8 +130,8 @@ def test_a_missing_modality_changes_nothing():
     torch.manual_seed(3)
     fusion = DEQFusion(DIM, COUNT)
     features = torch.randn(COUNT, 6, DIM)
-    mask = torch.ones(6, COUNT, dtype=torch.bool)
-    mask[::2, 1] = False
+    mask = torch.zeros(6, COUNT, dtype=torch.bool)
+    mask[::2, 1] = True
     with torch.no_grad():
         expected = fusion.equilibrium(features, mask=mask).fused
         everything = fusion.equilibrium(features).fused
@@ -150,7 +160,7 @@ def test_masked_layer_equals_a_layer_without_the_modality():
         state[name] = value[keep] if per_modality else value
     smaller.load_state_dict(state)
     features = torch.randn(3, 6, DIM, dtype=torch.float64)
-    mask = torch.tensor([True, False, True]).expand(6, 3)
+    mask = torch.tensor([False, True, False]).expand(6, 3)
     with torch.no_grad():
         got = fusion.equilibrium(features, mask=mask).fused
         expected = smaller(features[keep])

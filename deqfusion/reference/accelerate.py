@@ -7,7 +7,8 @@ g = f - z; `restart(rows, step)` forgets the history of the rows of a mask (K, R
 
 Anderson solves, per row, with Gram matrix H_ij = <g_i, g_j> of the last n <= m residuals,
 
-    (H + ridge * tr(H) / n * I) a = 1,    a <- a / sum(a),    z_next = beta sum a_j f_j + (1 - beta) sum a_j z_j
+    (H + ridge * tr(H) / n * I) a = 1,    a <- a / sum(a),
+    z_next = beta sum_j a_j f_j + (1 - beta) sum_j a_j z_j
 
 which are the weights of the bordered system of Walker and Ni. One row of H is new per step.
 """

@@ -3,7 +3,7 @@ r"""The equations of the fusion cell, one step, in plain differentiable PyTorch.
     modality   h   = ReLU(GN_1(W_1 z_i + b_1))
                t   = GN_2(W_2 h + b_2 + x_i)            (+ z_i if skip)
                z_i = GN_3(ReLU(t))
-    gate       a_i = sigma(W_g (z_f + z_i) + b_g)       (or W_g [z_f ; z_i] + b_g; sigma or identity)
+    gate       a_i = sigma(W_g (z_f + z_i) + b_g)       (or W_g [z_f ; z_i]; sigma or identity)
     fusion     z_f = GN_f(ReLU(W_f sum_i a_i * z_f + b_f + x_f))
 
 `tail="norm_relu"` exchanges the last two in the fusion block, z_f = ReLU(GN_f(...)), as the
@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 
+# Added to every variance, as in the authors' code and torch.nn.GroupNorm.
+EPS = 1e-5
+
+
 class CellOptions(NamedTuple):
     """What selects the equations; every field is a plain value."""
 
@@ -43,7 +47,6 @@ class CellOptions(NamedTuple):
     gate_input: str = "sum"
     skip: bool = False
     tail: str = "relu_norm"
-    eps: float = 1e-5
 
 
 class ModalityParameters(NamedTuple):
@@ -73,16 +76,16 @@ class FusionParameters(NamedTuple):
     norm_bias: Tensor
 
 
-def normalize(x: Tensor, groups: int, eps: float) -> Tensor:
+def normalize(x: Tensor, groups: int) -> Tensor:
     """Zero mean and unit variance (biased) in each of `groups` groups of the last dimension."""
     shape = x.shape
     grouped = x.reshape(*shape[:-1], groups, shape[-1] // groups)
-    return F.layer_norm(grouped, grouped.shape[-1:], eps=eps).reshape(shape)
+    return F.layer_norm(grouped, grouped.shape[-1:], eps=EPS).reshape(shape)
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     """GroupNorm over the channels of each row: x (..., d); weight, bias broadcast to it."""
-    return normalize(x, groups, eps) * weight + bias
+    return normalize(x, groups) * weight + bias
 
 
 def modality_cell(z: Tensor, x: Tensor, p: ModalityParameters, o: CellOptions) -> Tensor:
@@ -92,12 +95,12 @@ def modality_cell(z: Tensor, x: Tensor, p: ModalityParameters, o: CellOptions) -
         return getattr(p, name + "_weight").unsqueeze(1), getattr(p, name + "_bias").unsqueeze(1)
 
     h = torch.baddbmm(p.bias1.unsqueeze(1), z, p.weight1.transpose(1, 2))
-    h = F.relu(group_norm(h, *affine("norm1"), o.num_groups, o.eps))
+    h = F.relu(group_norm(h, *affine("norm1"), o.num_groups))
     u = torch.baddbmm(p.bias2.unsqueeze(1) + x, h, p.weight2.transpose(1, 2))
-    t = group_norm(u, *affine("norm2"), o.num_groups, o.eps)
+    t = group_norm(u, *affine("norm2"), o.num_groups)
     if o.skip:
         t = t + z
-    return group_norm(F.relu(t), *affine("norm3"), o.num_groups, o.eps)
+    return group_norm(F.relu(t), *affine("norm3"), o.num_groups)
 
 
 def gate_weights(p: FusionParameters, o: CellOptions) -> tuple[Tensor, Tensor]:
@@ -147,8 +150,8 @@ def fusion_cell(
         v = v * fusion_mask
     v = v + injection
     if o.tail == "norm_relu":
-        return F.relu(group_norm(v, p.norm_weight, p.norm_bias, o.num_groups, o.eps))
-    return group_norm(F.relu(v), p.norm_weight, p.norm_bias, o.num_groups, o.eps)
+        return F.relu(group_norm(v, p.norm_weight, p.norm_bias, o.num_groups))
+    return group_norm(F.relu(v), p.norm_weight, p.norm_bias, o.num_groups)
 
 
 def joint_cell(
@@ -161,7 +164,7 @@ def joint_cell(
     gate_mask: Tensor | None = None,
     fusion_mask: Tensor | None = None,
 ) -> Tensor:
-    """One step of the joint map: state (N+1, R, d), modalities then fusion, which sees the new z_i."""
+    """One step of the joint map: state (N+1, R, d), modalities then fusion, given the new z_i."""
     z = modality_cell(state[:-1], features, pm, o)
     constants = gate_constants(z, pf, o)
     fused = fusion_cell(state[-1], constants, injection, pf, o, gate_mask, fusion_mask)
@@ -174,7 +177,7 @@ def _norm_jvp(x: Tensor, dx: Tensor, weight: Tensor, o: CellOptions) -> Tensor:
     grouped = (*shape[:-1], o.num_groups, shape[-1] // o.num_groups)
     x, dx = x.reshape(grouped), dx.reshape(grouped)
     centred = x - x.mean(-1, keepdim=True)
-    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + o.eps)
+    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + EPS)
     xhat = centred * rstd
     dx = dx - dx.mean(-1, keepdim=True)
     return ((dx - xhat * (xhat * dx).mean(-1, keepdim=True)) * rstd).reshape(shape) * weight
@@ -202,14 +205,14 @@ def joint_jvp(
         getattr(pm, name).unsqueeze(1) for name in ("norm1_weight", "norm2_weight", "norm3_weight")
     )
     u1 = torch.baddbmm(pm.bias1.unsqueeze(1), z, w1)
-    y1 = group_norm(u1, n1, pm.norm1_bias.unsqueeze(1), o.num_groups, o.eps)
+    y1 = group_norm(u1, n1, pm.norm1_bias.unsqueeze(1), o.num_groups)
     dh = _norm_jvp(u1, torch.bmm(v, w1), n1, o) * (y1 > 0)
     u2 = torch.baddbmm(pm.bias2.unsqueeze(1) + features, F.relu(y1), w2)
-    t = group_norm(u2, n2, pm.norm2_bias.unsqueeze(1), o.num_groups, o.eps)
+    t = group_norm(u2, n2, pm.norm2_bias.unsqueeze(1), o.num_groups)
     dt = _norm_jvp(u2, torch.bmm(dh, w2), n2, o)
     if o.skip:
         t, dt = t + z, dt + v
-    new = group_norm(F.relu(t), n3, pm.norm3_bias.unsqueeze(1), o.num_groups, o.eps)
+    new = group_norm(F.relu(t), n3, pm.norm3_bias.unsqueeze(1), o.num_groups)
     dnew = _norm_jvp(F.relu(t), dt * (t > 0), n3, o)
 
     zf, vf = state[-1], direction[-1]
@@ -228,7 +231,7 @@ def joint_jvp(
         y, dy = y * fusion_mask, dy * fusion_mask
     y = y + injection
     if o.tail == "norm_relu":
-        out = group_norm(y, pf.norm_weight, pf.norm_bias, o.num_groups, o.eps)
+        out = group_norm(y, pf.norm_weight, pf.norm_bias, o.num_groups)
         dfused = _norm_jvp(y, dy, pf.norm_weight, o) * (out > 0)
     else:
         dfused = _norm_jvp(F.relu(y), dy * (y > 0), pf.norm_weight, o)

@@ -56,8 +56,9 @@ class FusionBlock:
         self.shape = torch.Size((1, *injection.shape))
         injection = injection.unsqueeze(0)
         self.fusion_mask = None if fusion_mask is None else fusion_mask.unsqueeze(0)
-        bias = self.c.bias if fusion_mask is None else self.c.bias * self.fusion_mask
-        self.injection = injection + bias
+        bias = self.c.bias if fusion_mask is None else self.c.bias * fusion_mask
+        # ReLU would hide an infinite negative injection: such a row has no answer either.
+        self.injection = torch.where(injection.isfinite(), injection, torch.nan) + bias
         self.constants, self.gate_mask = constants, gate_mask
         self.modalities, self.factor = constants.shape[0], gate_mask
         self.slope: Tensor | None = None
@@ -112,7 +113,7 @@ class FusionBlock:
         if o.tail == "relu_norm":
             v.relu_()
         v = centre_(v, o.num_groups)
-        v = multiply_groups_(v, inverse_deviation(v, o.num_groups, o.eps))
+        v = multiply_groups_(v, inverse_deviation(v, o.num_groups))
         f = torch.addcmul(c.b, v, c.w)
         return f.relu_() if o.tail == "norm_relu" else f
 
@@ -150,10 +151,10 @@ class FusionLinearization:
         if o.tail == "relu_norm":
             self.open = v > 0
             v = centre_(v.relu_(), o.num_groups)
-            self.norm = NormVJP(v, inverse_deviation(v, o.num_groups, o.eps))
+            self.norm = NormVJP(v, inverse_deviation(v, o.num_groups))
         else:
             v = centre_(v, o.num_groups)
-            self.norm = NormVJP(v, inverse_deviation(v, o.num_groups, o.eps))
+            self.norm = NormVJP(v, inverse_deviation(v, o.num_groups))
             self.open = torch.addcmul(c.b, self.norm.normalized(), c.w) > 0
         # Factors before and after the normalisation's VJP.
         relu_last = o.tail == "norm_relu"

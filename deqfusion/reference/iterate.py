@@ -1,20 +1,20 @@
 r"""The loop: a fixed point of every row of a block, each stopped and frozen on its own.
 
-Per step and row: f = f(z), g = f - z; the row has CONVERGED when ||g|| <= atol + rtol ||f||. The best
-finite iterate is kept. A residual ten times the best, or one that is not finite, restarts the row
-from its best iterate with a damped step (twice as damped each time, three times at most; a row that
-then still is not finite ends NON_FINITE). A row whose best residual has not fallen for `PATIENCE`
-steps is STAGNATED. Rows that end without converging return their best iterate's f(z).
+Per step and row: f = f(z), g = f - z; the row has CONVERGED when ||g|| <= atol + rtol ||f||. The
+best finite iterate is kept. A residual ten times the best, or one that is not finite, restarts the
+row from its best iterate with a damped step (twice as damped each time, three times at most; a row
+that then still is not finite ends NON_FINITE). A row whose best residual has not fallen for
+`PATIENCE` steps is STAGNATED. Rows that end without converging return their best iterate's f(z).
 
 On a CPU the loop looks at the rows' flags: it ends with the last row, and rows that ended are
 dropped from the work once a quarter of them has (compaction). On other devices it looks at nothing:
 it runs `max_steps` steps with ended rows frozen, without synchronisation.
 
-Precision ladder (CPU): a row starts with bfloat16 products and leaves them for good once its
-residual is within reach of their floor, or stops falling; only steps in full precision can end a
-row or become its best iterate. The choice is made row by row, and products are never run on fewer
-than `MIN_ROWS` rows (below, the libraries change their order of summation), so that a row's answer
-does not depend on the batch.
+Precision ladder (CPU): a row far from its fixed point after the first evaluation goes on with
+bfloat16 products and leaves them for good once its residual is within reach of their floor, or
+stops falling; only steps in full precision can end a row or become its best iterate. The choice is
+made row by row, and products are never run on fewer than `MIN_ROWS` rows (below, the libraries
+change their order of summation), so that a row's answer does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RUNNING, CONVERGED, AT_MAX_STEPS, STAGNATED, NON_FINITE = -1, 0, 1, 2, 3
 
 
 class Block(Protocol):
-    """A map on rows: f(z) (K, R, d) for z (K, R, d) or None (zeros), and its restriction to rows."""
+    """A map on rows: f(z) (K, R, d) for z (K, R, d) or None (zeros), and its part on some rows."""
 
     shape: torch.Size
 
@@ -81,12 +81,12 @@ class Outcome(NamedTuple):
 class _Rows:
     """The tensors of the rows still in work, all (K, S) or (K, S, d), compacted together."""
 
-    def __init__(self, running: Tensor, origin: Tensor, like: Tensor, low: bool) -> None:
+    def __init__(self, running: Tensor, origin: Tensor, like: Tensor) -> None:
         self.running, self.origin = running, origin
         self.best = torch.full_like(like, torch.inf)
         self.improved_at = torch.zeros_like(origin)
         self.restarts = torch.zeros_like(origin)
-        self.low = torch.full_like(running, low)
+        self.low = torch.zeros_like(running)
         self.low_best = torch.full_like(like, torch.inf)
         self.best_f: Tensor | None = None
         self.best_g: Tensor | None = None
@@ -150,7 +150,7 @@ def fixed_point(
         block = block.take(origin)
         z = None if z is None else take_rows(z, origin)
     ladder = settings.ladder and host
-    rows = _Rows(running, origin, example.new_empty(origin.shape), ladder)
+    rows = _Rows(running, origin, example.new_empty(origin.shape))
 
     def some(flags: Tensor) -> bool:
         return not host or bool(flags.any())
@@ -206,7 +206,10 @@ def fixed_point(
             lost = lost | (rows.running & rising)
         if some(lost):
             following = _restart(accelerator, rows, lost, following, z, step)
-        if ladder:
+        if ladder and step == 0:
+            # The first evaluation is exact: a warm start may need no other.
+            rows.low = rows.running & finite & (relative > 10 * LOW_FLOOR)
+        elif ladder:
             _leave_low(rows, relative, finite, settings.rtol, step)
         z = following
     return outcome
@@ -265,7 +268,8 @@ def _restart(
     step: int,
 ) -> Tensor:  # fmt: skip
     """Damped steps from the best iterates of the rows `lost`, their history forgotten."""
-    assert rows.best_f is not None and rows.best_g is not None
+    assert rows.best_f is not None
+    assert rows.best_g is not None
     accelerator.restart(lost, step + 1)
     rows.restarts = rows.restarts + lost
     back = 1.0 - torch.pow(0.5, rows.restarts.to(following.dtype)).unsqueeze(-1)
@@ -293,7 +297,7 @@ def _scatter(target: Tensor, origin: Tensor, chosen: Tensor, values: Tensor, hos
     """target[k, origin[k, s]] = values[k, s] for the chosen (k, s)."""
     if host:
         block, row = chosen.nonzero(as_tuple=True)
-        target[block, origin[block, row]] = values[block, row]
+        target[block, origin[block, row]] = values[block, row].to(target.dtype)
         return
     # Nothing is compacted here: origin is the identity.
     chosen = chosen.reshape(*chosen.shape, *([1] * (values.dim() - 2)))

@@ -35,7 +35,8 @@ class JointBlock:
         pf: FusionParameters,
         o: CellOptions,
     ) -> None:
-        self.x, self.injection = x, injection
+        self.x = x
+        self.injection = torch.where(injection.isfinite(), injection, torch.nan)
         self.present, self.gate_mask, self.fusion_mask = present, gate_mask, fusion_mask
         self.pm, self.pf, self.o = pm, pf, o
         self.shape = torch.Size((1, x.shape[1], (x.shape[0] + 1) * x.shape[2]))

@@ -7,7 +7,8 @@ r"""The modality blocks prepared for iterating, and their linearisation at a poi
 A prime marks what was centred group by group (`norm.centre`); x' holds x + b_2. All tensors are
 (N, R, d). The VJP runs backwards through the same line with the activations saved once:
 
-    p   = N_3(lambda w_3) [t > 0]      r = N_2(p w_2) W_2' [h > 0]      J^T lambda = N_1(r w_1) W_1'  (+ p)
+    p   = N_3(lambda w_3) [t > 0]      r = N_2(p w_2) W_2' [h > 0]
+    J^T lambda = N_1(r w_1) W_1'  (+ p)
 
 with N_j the VJP of the j-th normalisation.
 """
@@ -76,20 +77,20 @@ class ModalityBlock:
     def __call__(self, z: Tensor | None, low: bool = False) -> Tensor:
         """f(z) for z (N, R, d), or f(0) for None; low: with bfloat16 products."""
         c, o = self.c, self.c.options
-        groups, eps = o.num_groups, o.eps
+        groups = o.num_groups
         if z is None:
             h = c.bias1.expand(self.shape).clone()
         else:
             h = c.weight1.forward(z, low).add_(c.bias1)
-        h = multiply_groups_(h, inverse_deviation(h, groups, eps))
+        h = multiply_groups_(h, inverse_deviation(h, groups))
         h = torch.addcmul(c.b1, h, c.w1).relu_()
         t = c.weight2.forward(h, low).add_(self.injection)
-        t = multiply_groups_(t, inverse_deviation(t, groups, eps))
+        t = multiply_groups_(t, inverse_deviation(t, groups))
         t = torch.addcmul(c.b2, t, c.w2)
         if o.skip and z is not None:
             t.add_(z)
         t = centre_(t.relu_(), groups)
-        t = multiply_groups_(t, inverse_deviation(t, groups, eps))
+        t = multiply_groups_(t, inverse_deviation(t, groups))
         return torch.addcmul(c.b3, t, c.w3)
 
     def linearize(self, z: Tensor) -> ModalityLinearization:
@@ -107,21 +108,21 @@ class ModalityLinearization:
 
     def __init__(self, block: ModalityBlock, z: Tensor) -> None:
         c, o = block.c, block.c.options
-        groups, eps = o.num_groups, o.eps
+        groups = o.num_groups
         self.c, self.z = c, z
         u = c.weight1.forward(z, False).add_(c.bias1)
-        self.norm1 = NormVJP(u, inverse_deviation(u, groups, eps))
+        self.norm1 = NormVJP(u, inverse_deviation(u, groups))
         y = torch.addcmul(c.b1, self.norm1.normalized(), c.w1)
         self.h = y.relu()
         self.open1 = y > 0
         q = c.weight2.forward(self.h, False).add_(block.injection)
-        self.norm2 = NormVJP(q, inverse_deviation(q, groups, eps))
+        self.norm2 = NormVJP(q, inverse_deviation(q, groups))
         t = torch.addcmul(c.b2, self.norm2.normalized(), c.w2)
         if o.skip:
             t.add_(z)
         self.open2 = t > 0
         t = centre_(t.relu_(), groups)
-        self.norm3 = NormVJP(t, inverse_deviation(t, groups, eps))
+        self.norm3 = NormVJP(t, inverse_deviation(t, groups))
         # ReLU masks times the affine weight that follows them: one product per step instead of two.
         self.gain1 = self.open1 * c.w1
         self.gain2 = self.open2.to(z.dtype) if o.skip else self.open2 * c.w2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deqfusion.reference.cell import EPS
 from deqfusion.reference.product import take_rows
 
 
@@ -26,11 +27,11 @@ def centre_(x: Tensor, groups: int) -> Tensor:
     return x
 
 
-def inverse_deviation(centred: Tensor, groups: int, eps: float) -> Tensor:
-    """1 / sqrt(variance + eps) of each group of centred rows (..., d): (..., G, 1)."""
+def inverse_deviation(centred: Tensor, groups: int) -> Tensor:
+    """1 / sqrt(variance + EPS) of each group of centred rows (..., d): (..., G, 1)."""
     grouped = centred.unflatten(-1, (groups, -1))
     norm = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)
-    return norm.square_().div_(grouped.shape[-1]).add_(eps).rsqrt_()
+    return norm.square_().div_(grouped.shape[-1]).add_(EPS).rsqrt_()
 
 
 def multiply_groups(x: Tensor, factor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ chunks do not see each other, and neither do rows.
 from __future__ import annotations
 
 import functools
+import json
 from typing import NamedTuple, Protocol
 
 import torch
@@ -55,6 +56,20 @@ class SolverOptions(NamedTuple):
     relative_ridge: bool
     mixing: float
     ladder: bool
+
+    def encode(self) -> str:
+        """One string, as the operators' schemas take it.
+
+        A string is a constant to a tracing compiler, whereas floats become inputs of the graph,
+        which nested autograd functions of torch 2.13 cannot share.
+        """
+        return json.dumps(self._asdict())
+
+    @staticmethod
+    @functools.cache
+    def decode(text: str) -> SolverOptions:
+        """The inverse of `encode`."""
+        return SolverOptions(**json.loads(text))
 
 
 class Solution(NamedTuple):

@@ -81,9 +81,8 @@ def implicit_gradient(
     adjoint = dense_adjoint(jacobian, cotangent)
     with torch.enable_grad():
         out = step(state.detach())
-    gradients = torch.autograd.grad(out, list(inputs), adjoint, allow_unused=True)
-    return tuple(
-        torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)
+    return torch.autograd.grad(
+        out, list(inputs), adjoint, allow_unused=True, materialize_grads=True
     )
 
 

@@ -61,7 +61,7 @@ def _interrupted(model, run, after):
 def test_learns():
     torch.manual_seed(0)
     model = MultimodalClassifier([5, 4], 2, dim=32)
-    result = _fit(model, dataclasses.replace(_OPTIONS, epochs=25, learning_rate=3e-3))
+    result = _fit(model, dataclasses.replace(_OPTIONS, epochs=12, learning_rate=5e-3))
     losses = result.history[:, _COLUMN["train_loss"]]
     assert losses[-5:].mean() < 0.6 * losses[0]
     test = _rows(200, 9)

@@ -292,7 +292,17 @@ def test_options_that_do_not_fit_together(folder, tmp_path, capsys, option, mess
 
 def _spawn(folder, out, epochs):
     command = [sys.executable, "-m", "deqfusion.cli", "train", "rosmap", *_SMALL]
-    command += ["--data-dir", str(folder), "--out", str(out), "--epochs", str(epochs), "--resume"]
+    command += [
+        "--fusion",
+        "gated",
+        "--data-dir",
+        str(folder),
+        "--out",
+        str(out),
+        "--epochs",
+        str(epochs),
+        "--resume",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -305,7 +315,7 @@ def _logged(out):
 
 
 def test_killed_run_resumes_to_the_same_model(folder, tmp_path):
-    epochs = 30
+    epochs = 400
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference = _spawn(folder, whole, epochs)
     process = _spawn(folder, killed, epochs)
@@ -346,6 +356,8 @@ def test_one_modality_of_brca_and_the_missing_others(tmp_path, capsys):
     options = ["--data-dir", str(folder), "--out", str(tmp_path / "out"), "--dim", "16"]
     assert main(["train", "rosmap", *options]) == 2
     assert "1_tr.csv: no such file" in capsys.readouterr().err
-    assert main(["train", "rosmap", *options, "--modalities", "3", "--epochs", "3"]) == 0
+    options += ["--modalities", "3", "--fusion", "sum", "--learning-rate", "1e-2"]
+    assert main(["train", "rosmap", *options, "--epochs", "40"]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert 0.2 < metrics["accuracy"] <= 1.0
+    # Logistic regression on all rows has 0.711, the largest class 0.5.
+    assert metrics["accuracy"] > 0.6
