@@ -37,15 +37,20 @@ needs_compiler = pytest.mark.skipif(
 class Model(nn.Module):
     """Encoders, equilibrium fusion and a head, as a user would write them."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, dim: int = DIM, **options) -> None:
         super().__init__()
-        self.encoders = nn.ModuleList([nn.Linear(8, DIM) for _ in range(COUNT)])
-        self.fusion = DEQFusion(DIM, COUNT, **options)
-        self.head = nn.Linear(DIM, 3)
+        self.encoders = nn.ModuleList([nn.Linear(8, dim) for _ in range(COUNT)])
+        self.fusion = DEQFusion(dim, COUNT, **options)
+        self.head = nn.Linear(dim, 3)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         features = [encoder(x) for encoder, x in zip(self.encoders, inputs, strict=True)]
         return self.head(self.fusion(features))
+
+
+def some_inputs(batch: int) -> list[torch.Tensor]:
+    """One input per modality; stacked, a batch of 2 would share its symbol with COUNT = 2."""
+    return [torch.randn(batch, 8) for _ in range(COUNT)]
 
 
 def tight(**options) -> dict:
@@ -140,7 +145,7 @@ def test_opcheck_other_dtypes(dtype):
         torch.library.opcheck(func, args, kwargs)
 
 
-def gradients(model: nn.Module, call, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module, call, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     call(inputs).square().sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -164,10 +169,12 @@ def test_fullgraph_compile_with_dynamic_batch(setting):
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     # Not 2 first: one symbol would stand for the batch and for the two modalities of `inputs`.
     for batch in (3, 2, 17, 64):
-        inputs = torch.randn(COUNT, batch, 8)
+        inputs = some_inputs(batch)
         torch.manual_seed(1)
         got = gradients(model, compiled, inputs)
-        assert counter.frame_count == 1, f"recompiled at batch {batch}"
+        # The first call also compiles an empty graph, for the iteration over `inputs`.
+        graphs = [graph for graph in counter.graphs if len(graph.graph.nodes)]
+        assert len(graphs) == 1, f"recompiled at batch {batch}"
         if setting == "dropout":
             continue  # a compiled graph draws other random numbers from the same seed
         assert torch.allclose(compiled(inputs), model(inputs), rtol=1e-4, atol=1e-5)
@@ -193,11 +200,12 @@ def test_compile_with_mask_and_statistics():
 @needs_compiler
 def test_inductor():
     torch._dynamo.reset()
+    torch.manual_seed(0)
     model = Model(**tight())
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     torch._dynamo.utils.counters.clear()
     for batch in (33, 2, 64):
-        inputs = torch.randn(COUNT, batch, 8)
+        inputs = some_inputs(batch)
         got = gradients(model, compiled, inputs)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         assert_close(got, gradients(model, model, inputs), 1e-4)
@@ -205,15 +213,15 @@ def test_inductor():
 
 def exported(model: Model) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=2, max=256)
-    inputs = torch.randn(COUNT, 4, 8)
-    return torch.export.export(model.eval(), (inputs,), dynamic_shapes=({1: batch},))
+    inputs = some_inputs(4)
+    return torch.export.export(model.eval(), (inputs,), dynamic_shapes=([{0: batch}] * COUNT,))
 
 
 def test_export():
     model = Model(**tight())
     program = exported(model)
     for batch in (2, 50):
-        inputs = torch.randn(COUNT, batch, 8)
+        inputs = some_inputs(batch)
         assert torch.allclose(program.module()(inputs), model(inputs), rtol=1e-4, atol=1e-5)
 
 
@@ -227,14 +235,15 @@ def test_aot_inductor(tmp_path):
         )
         loaded = torch._inductor.aoti_load_package(package)
         for batch in (2, 50):
-            inputs = torch.randn(COUNT, batch, 8)
+            inputs = some_inputs(batch)
             assert torch.allclose(loaded(inputs), model(inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_autocast():
     model = Model()
-    inputs = torch.randn(COUNT, 32, 8)
+    inputs = some_inputs(32)
     expected = model(inputs)
+    exact = torch.stack([e(x) for e, x in zip(model.encoders, inputs, strict=True)])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = model(inputs)
         features = torch.stack([e(x) for e, x in zip(model.encoders, inputs, strict=True)])
@@ -243,8 +252,10 @@ def test_autocast():
     # At this width some rows do not converge in any precision; autocast must not add to them.
     plain = model.fusion.equilibrium(features.float()).stats
     assert (stats.status == plain.status).float().mean() > 0.95
+    rows = (stats.converged & model.fusion.equilibrium(exact).stats.converged).all(0)
+    assert rows.float().mean() > 0.5
     assert stats.residual.dtype == torch.float32
-    assert (got.float() - expected).norm() < 0.05 * expected.norm()
+    assert (got.float() - expected)[rows].norm() < 0.05 * expected[rows].norm()
     got.float().square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32

@@ -76,7 +76,8 @@ def textbook_cell(
         features: N tensors (B, d).
         options: the variant of the cell.
         injection: x_f (B, d); formed from the features when None.
-        present: bool (B, N), False where a modality is missing; None if none is.
+        present: bool (B, N), False where a modality is missing, whose next state is 0; None if
+            none is.
         gate_dropout: scaled keep mask that multiplies each a_i, broadcastable to (N, B, d).
         fusion_dropout: scaled keep mask (B, d) that multiplies W_f u + b_f.
 
@@ -109,6 +110,8 @@ def textbook_cell(
         if options.skip:
             total = total + state[i]
         modality = norm(F.relu(total), "norm3", i)
+        if present is not None:
+            modality = torch.where(present[:, i : i + 1], modality, torch.zeros_like(modality))
         next_modalities.append(modality)
 
         if options.gate_input == "concat":
