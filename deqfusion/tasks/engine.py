@@ -150,8 +150,7 @@ def fit(
                 row = state.epoch(epoch, train, validation)
                 bar.set_postfix(_postfix(row))
                 if run is not None:
-                    # Not durable: waiting for the disk would cost more than the epoch.
-                    write_tensors(run.checkpoint, "checkpoint", state.tensors(), durable=False)
+                    write_tensors(run.checkpoint, "checkpoint", state.tensors())
                     run.append_log(row)
         best_epoch = state.finish()
     return FitResult(np.array(state.history), best_epoch)

@@ -120,19 +120,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def write_atomically(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there in one step.
-
-    Args:
-        path: the file to make or replace.
-        write: takes the temporary file's path.
-        durable: wait for the disk, so that the file outlives a loss of power as well as a kill.
-    """
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there in one step."""
     temporary = path.with_name(path.name + _TEMPORARY)
     write(temporary)
-    if durable:
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -142,16 +135,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_tensors(
-    path: Path, kind: str, tensors: Mapping[str, Tensor], *, durable: bool = True
-) -> None:
+def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors atomically as safetensors, marked as a `kind` ("checkpoint" or "model")."""
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     # One key: safetensors writes several in no fixed order, and equal models should be equal files.
     metadata = {"format": _tensor_format(kind)}
-    write_atomically(
-        path, lambda temporary: save_file(whole, temporary, metadata=metadata), durable=durable
-    )
+    write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
 
 
 def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:

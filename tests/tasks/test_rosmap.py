@@ -315,7 +315,7 @@ def _logged(out):
 
 
 def test_killed_run_resumes_to_the_same_model(folder, tmp_path):
-    epochs = 400
+    epochs = 100
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference = _spawn(folder, whole, epochs)
     process = _spawn(folder, killed, epochs)
