@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -87,7 +88,7 @@ def convergence_traces(
 
     Args:
         traces: name -> (rows, steps) relative residuals. NaN means that the row had stopped
-            before; its last residual is carried on.
+            before; its last residual is carried on, while any row of the trace runs.
         tol: drawn as a line.
 
     Raises:
@@ -147,7 +148,6 @@ def modality_weight_bars(
         for column, name in enumerate(modalities):
             places = np.arange(count) + (column - (count - 1) / 2) * width
             bars = axes.bar(places, table[:, column], 0.92 * width, color=_CYCLE[column])
-            bars.set_label(f"weight of {name}")
             # Hatched where the modality is weighed in the rows in which it is the noisy one.
             bars.patches[column].set(hatch="///", edgecolor="white", lw=0)
         axes.axhline(1.0 / count, color="black", lw=1, linestyle=":")
@@ -156,9 +156,13 @@ def modality_weight_bars(
         axes.set_title(title, fontsize=10)
         _strip(axes)
         axes.grid(axis="y", color=_GRID)
-    all_axes[0].set_ylabel("mean weight (hatched: of the noisy modality)")
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=count, frameon=False)
+    all_axes[0].set_ylabel("mean modality weight")
+    handles = [
+        Patch(color=_CYCLE[column], label=f"weight of {name}")
+        for column, name in enumerate(modalities)
+    ]
+    handles.append(Patch(facecolor="white", edgecolor=GREY, hatch="///", label="of the noisy one"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=count + 1, frameon=False)
     return figure
 
 
@@ -259,6 +263,7 @@ def _carry_forward(name: str, trace: NDArray[np.floating]) -> NDArray[np.floatin
             f"traces[{name!r}]: got shape {trace.shape}, expected (rows, steps) with at least one "
             "of each and a finite first step"
         )
+    trace = trace[:, np.isfinite(trace).any(axis=0)]
     last = np.where(np.isfinite(trace), np.arange(trace.shape[1]), 0)
     last = np.maximum.accumulate(last, axis=1)
     return np.take_along_axis(trace, last, axis=1)
