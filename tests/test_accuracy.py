@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deqfusion import Anderson, Broyden, DEQFusion, Implicit, OneStep, Phantom, Picard, Status
+from deqfusion.functional import fusion_adjoint, modality_adjoint
 from deqfusion.testing import CellOptions, textbook_cell
 
 BATCH, DIM, COUNT = 64, 300, 3
@@ -91,6 +92,39 @@ def test_solve_stops_where_it_says():
     assert (equilibrium.stats.steps == 4).all()
     assert (equilibrium.stats.residual > 1e-4).all()
     assert equilibrium.state.isfinite().all()
+
+
+def test_adjoint_steps_do_not_depend_on_the_gradients_scale():
+    """Averaging a loss divides the gradient by the batch; the backward solve must not notice."""
+    for seed in SEEDS:
+        fusion, features = layer_and_features(seed)
+        with torch.no_grad():
+            equilibrium = fusion.equilibrium(features)
+            injection = fusion.injection_bias + torch.einsum(
+                "n,nbd->bd", fusion.injection_weight, features
+            )
+            direction = torch.randn(COUNT, BATCH, DIM)
+            steps = {}
+            for scale in (1.0, 1e-3, 1e-6):
+                *_, modality = modality_adjoint(
+                    scale * direction,
+                    equilibrium.modalities,
+                    features,
+                    fusion.modality_parameters,
+                )
+                *_, last = fusion_adjoint(
+                    scale * direction[0],
+                    equilibrium.fused,
+                    equilibrium.modalities,
+                    injection,
+                    fusion.fusion_parameters,
+                )
+                for stats in (modality, last):
+                    assert (stats.status == Status.CONVERGED).all()
+                steps[scale] = torch.cat([modality.steps.flatten(), last.steps])
+            assert steps[1.0].max() > 5
+            for scale in (1e-3, 1e-6):
+                assert (steps[scale] - steps[1.0]).abs().max() <= 1, f"seed {seed}, {scale}"
 
 
 def test_scaled_gradient_gives_the_scaled_result():

@@ -163,23 +163,28 @@ def test_spectral_radius(case):
 
 
 def test_solve_from_zero_reaches_the_fixed_point(case):
-    reachable = case.arrays["dist_plain400_to_star"] < 1e-9
-    if not reachable.any():
-        pytest.skip("no row of this case is reached by plain iteration from zero")
-    star = case.state("z_star_f64")
-    solvers = [Picard(tol=1e-13, max_steps=2000)]
+    """Each solver reaches z* on the rows where the files say that its kind of iteration does."""
+    plain = case.arrays["dist_plain400_to_star"] < 1e-8
+    accelerated = case.arrays["dist_anderson200_to_star"] < 1e-8
+    solvers = [
+        (Picard(tol=1e-13, max_steps=2000), plain),
+        (Anderson(tol=1e-12, memory=6, max_steps=400), accelerated),
+    ]
     if case.meta["calm"] or case.dim == 500:
-        assert reachable.all()
-        solvers += [Anderson(tol=1e-12, max_steps=400), Anderson(tol=1e-12, memory=10)]
-        solvers[-1] = Anderson(tol=1e-12, memory=10, max_steps=400)
-    for solver in solvers:
-        for joint in (False, True):
+        assert plain.all()
+        solvers.append((Anderson(tol=1e-12, max_steps=400), plain))
+    if not (plain | accelerated).any():
+        pytest.skip("the file says that no row of this case is reached from zero")
+    star = case.state("z_star_f64")
+    for solver, rows in solvers:
+        # The joint solve of the widest cases takes seconds and adds nothing to the narrow ones.
+        for joint in (False, True) if case.dim < 500 else (False,):
             fusion = build(case, solver=solver, joint=joint)
             with torch.no_grad():
                 state = fusion.equilibrium(case.features).state
             distance = (state - star).movedim(1, 0).flatten(1).norm(dim=1)
             distance = distance / star.movedim(1, 0).flatten(1).norm(dim=1)
-            assert distance[reachable].max() < 1e-8, (solver, joint, distance)
+            assert (distance[rows] < 1e-8).all(), (solver, joint, distance)
 
 
 def test_anderson_trace_matches_the_authors_solver(case):

@@ -123,7 +123,9 @@ def test_every_registered_operator_is_exercised():
 
 @pytest.mark.parametrize("setting", OPERATOR_SETTINGS)
 def test_opcheck(setting):
-    calls = record(OPERATOR_SETTINGS[setting]) + record(OPERATOR_SETTINGS[setting], masked=True)
+    calls = record(OPERATOR_SETTINGS[setting], masked=True)
+    if setting in ("default", "joint"):
+        calls += record(OPERATOR_SETTINGS[setting])
     for func, args, kwargs in calls:
         results = torch.library.opcheck(
             func,
