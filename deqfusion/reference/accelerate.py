@@ -74,10 +74,10 @@ class Anderson:
             self.steps.append(step)
         else:
             self.f[slot], self.g[slot], self.steps[slot] = f, g, step
-        for j, other in enumerate(self.g):
-            dot = torch.linalg.vecdot(other, g)
-            self.gram[slot, j] = dot
-            self.gram[j, slot] = dot
+        n = len(self.g)
+        dots = torch.stack([torch.linalg.vecdot(other, g) for other in self.g])
+        self.gram[slot, :n] = dots
+        self.gram[:n, slot] = dots
         if len(self.f) == 1:
             return f if self.mixing == 1.0 else f.add(g, alpha=self.mixing - 1.0)
         weights = self.weights(slot).unsqueeze(-1)

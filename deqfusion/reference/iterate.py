@@ -36,7 +36,7 @@ MAX_RESTARTS = 3
 LOW_FLOOR = 1e-2
 LOW_PATIENCE = 2
 
-RUNNING, CONVERGED, AT_MAX_STEPS, STAGNATED, NON_FINITE = -1, 0, 1, 2, 3
+CONVERGED, AT_MAX_STEPS, STAGNATED, NON_FINITE = 0, 1, 2, 3
 
 
 class Block(Protocol):
@@ -176,17 +176,15 @@ def fixed_point(
         if ladder:
             # A low-precision evaluation that is not finite is tried again in full precision.
             hopeless &= ~rows.low
-        code = torch.where(stagnant, STAGNATED, RUNNING)
-        if step + 1 == settings.max_steps:
-            code = torch.where(code == RUNNING, AT_MAX_STEPS, code)
-        code = torch.where(hopeless, NON_FINITE, code)
-        code = torch.where(met, CONVERGED, code)
-        code = torch.where(rows.running, code, RUNNING)
-        ended = code != RUNNING
+        last = step + 1 == settings.max_steps
+        ended = rows.running if last else met | hopeless | stagnant
         if some(ended):
+            code = torch.where(stagnant, STAGNATED, AT_MAX_STEPS)
+            code = torch.where(hopeless, NON_FINITE, code)
+            code = torch.where(met, CONVERGED, code)
             _finish(outcome, rows, ended, code, step, host)
             rows.running = rows.running & ~ended
-            if step + 1 == settings.max_steps:
+            if last:
                 break
             if host:
                 left = max(int(rows.running.sum(1).max()), MIN_ROWS)

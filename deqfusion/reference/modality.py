@@ -1,14 +1,14 @@
 r"""The modality blocks prepared for iterating, and their linearisation at a point.
 
-    u   = W_1' z + b_1'         h = ReLU(w_1 u / dev(u) + beta_1)
-    q   = W_2' h + x'           t = w_2 q / dev(q) + beta_2  (+ z)
+    u   = W_1 z + b_1           h = ReLU(GN_1(u))
+    q   = W_2 h + (x + b_2)     t = GN_2(q)  (+ z)
     f   = GN_3(ReLU(t))
 
-A prime marks what was centred group by group (`norm.centre`); x' holds x + b_2. All tensors are
-(N, R, d). The VJP runs backwards through the same line with the activations saved once:
+All tensors are (N, R, d). The VJP runs backwards through the same lines, with the activations
+saved once:
 
-    p   = N_3(lambda w_3) [t > 0]      r = N_2(p w_2) W_2' [h > 0]
-    J^T lambda = N_1(r w_1) W_1'  (+ p)
+    p   = N_3(lambda w_3) [t > 0]      r = N_2(p w_2) W_2 [h > 0]
+    J^T lambda = N_1(r w_1) W_1  (+ p)
 
 with N_j the VJP of the j-th normalisation.
 """
@@ -21,7 +21,6 @@ from torch import Tensor
 from deqfusion.reference.cell import CellOptions, ModalityParameters
 from deqfusion.reference.norm import (
     NormVJP,
-    centre,
     centre_,
     inverse_deviation,
     multiply_groups_,
@@ -30,14 +29,12 @@ from deqfusion.reference.product import Weight, take_rows
 
 
 class _Constants:
-    """What all rows of a solve share: centred weights and affine parameters (N, 1, d)."""
+    """What all rows of a solve share: weights and affine parameters (N, 1, d)."""
 
     def __init__(self, p: ModalityParameters, o: CellOptions) -> None:
-        groups = o.num_groups
         self.options = o
-        self.weight1 = Weight(centre(p.weight1, groups, dim=-2))
-        self.weight2 = Weight(centre(p.weight2, groups, dim=-2))
-        self.bias1 = centre(p.bias1, groups).unsqueeze(1)
+        self.weight1, self.weight2 = Weight(p.weight1), Weight(p.weight2)
+        self.bias1 = p.bias1.unsqueeze(1)
         self.bias2 = p.bias2.unsqueeze(1)
         self.w1, self.w2, self.w3 = (
             w.unsqueeze(1) for w in (p.norm1_weight, p.norm2_weight, p.norm3_weight)
@@ -59,7 +56,7 @@ class ModalityBlock:
     def __init__(self, x: Tensor, p: ModalityParameters, o: CellOptions) -> None:
         self.shape = x.shape
         self.c = _Constants(p, o)
-        self.injection = centre(x + self.c.bias2, o.num_groups)
+        self.injection = x + self.c.bias2
 
     def rows(self, start: int, stop: int) -> ModalityBlock:
         """The same block for the rows start to stop."""
@@ -82,9 +79,10 @@ class ModalityBlock:
             h = c.bias1.expand(self.shape).clone()
         else:
             h = c.weight1.forward(z, low).add_(c.bias1)
+        h = centre_(h, groups)
         h = multiply_groups_(h, inverse_deviation(h, groups))
         h = torch.addcmul(c.b1, h, c.w1).relu_()
-        t = c.weight2.forward(h, low).add_(self.injection)
+        t = centre_(c.weight2.forward(h, low).add_(self.injection), groups)
         t = multiply_groups_(t, inverse_deviation(t, groups))
         t = torch.addcmul(c.b2, t, c.w2)
         if o.skip and z is not None:
@@ -110,12 +108,12 @@ class ModalityLinearization:
         c, o = block.c, block.c.options
         groups = o.num_groups
         self.c, self.z = c, z
-        u = c.weight1.forward(z, False).add_(c.bias1)
+        u = centre_(c.weight1.forward(z, False).add_(c.bias1), groups)
         self.norm1 = NormVJP(u, inverse_deviation(u, groups))
         y = torch.addcmul(c.b1, self.norm1.normalized(), c.w1)
         self.h = y.relu()
         self.open1 = y > 0
-        q = c.weight2.forward(self.h, False).add_(block.injection)
+        q = centre_(c.weight2.forward(self.h, False).add_(block.injection), groups)
         self.norm2 = NormVJP(q, inverse_deviation(q, groups))
         t = torch.addcmul(c.b2, self.norm2.normalized(), c.w2)
         if o.skip:

@@ -1,8 +1,7 @@
 """GroupNorm inside the solves, on rows (..., d) seen as (..., G, d / G).
 
-The mean over a group of W z + b is linear in z, so weights and biases whose output is normalised
-straight away are centred once per solve (`centre`), and the steps need no means. The variance is
-that of the centred values, never E[x^2] - E[x]^2.
+The variance is that of the centred values, never E[x^2] - E[x]^2. (Centring the weights once per
+solve would spare the steps their means; for small batches it cost more than it saved.)
 """
 
 from __future__ import annotations
@@ -12,12 +11,6 @@ from torch import Tensor
 
 from deqfusion.reference.cell import EPS
 from deqfusion.reference.product import take_rows
-
-
-def centre(x: Tensor, groups: int, dim: int = -1) -> Tensor:
-    """x minus its mean over each group of dimension `dim` (negative)."""
-    grouped = x.unflatten(dim, (groups, -1))
-    return (grouped - grouped.mean(dim, keepdim=True)).flatten(dim - 1, dim)
 
 
 def centre_(x: Tensor, groups: int) -> Tensor:

@@ -38,6 +38,8 @@ from deqfusion.reference.product import take_rows
 
 # Elements of one tensor (K, rows, d) of a chunk; a history of ten of them should stay in L2/L3.
 CHUNK_ELEMENTS = 1 << 18
+# Below this width the products are too small a part of a step for cheaper ones to pay.
+LADDER_WIDTH = 256
 
 
 class SolverOptions(NamedTuple):
@@ -112,8 +114,9 @@ def _accelerator(o: SolverOptions) -> Accelerator:
     return Anderson(o.memory, o.ridge, o.relative_ridge, o.mixing)
 
 
-def _settings(o: SolverOptions, tolerance: Tensor | None, example: Tensor) -> Settings:
-    ladder = o.ladder and example.dtype == torch.float32 and fast_bfloat16()
+def _settings(o: SolverOptions, tolerance: Tensor | None, example: Tensor, width: int) -> Settings:
+    ladder = o.ladder and example.dtype == torch.float32 and width >= LADDER_WIDTH
+    ladder = ladder and fast_bfloat16()
     rtol = o.rtol if tolerance is None else tolerance
     return Settings(rtol, o.atol, o.max_steps, o.relative_ridge, ladder)
 
@@ -140,7 +143,7 @@ def solve_rows(
     dtype: torch.dtype,
 ) -> Solution:
     """Solves a block chunk by chunk; the state is returned in `dtype`."""
-    settings = _settings(o, tolerance, example)
+    settings = _settings(o, tolerance, example, block.shape[-1])
     trace = _new_trace(block.shape, o.max_steps, record, example)
     parts = []
     for start, stop in _chunks(block.shape, example.device):
@@ -263,7 +266,7 @@ def _solve_adjoint(
         _LinearBlock(linear, unit),
         None,
         _accelerator(o),
-        _settings(o, None, gradient),
+        _settings(o, None, gradient, gradient.shape[-1]),
         active,
         None,
         gradient.new_empty(0),
