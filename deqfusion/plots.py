@@ -145,7 +145,7 @@ def modality_weight_bars(
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     width = 0.8 / count
     for axes, (title, table) in zip(all_axes, panels.items(), strict=True):
-        for column, name in enumerate(modalities):
+        for column in range(count):
             places = np.arange(count) + (column - (count - 1) / 2) * width
             bars = axes.bar(places, table[:, column], 0.92 * width, color=_CYCLE[column])
             # Hatched where the modality is weighed in the rows in which it is the noisy one.
@@ -158,10 +158,10 @@ def modality_weight_bars(
         axes.grid(axis="y", color=_GRID)
     all_axes[0].set_ylabel("mean modality weight")
     handles = [
-        Patch(color=_CYCLE[column], label=f"weight of {name}")
+        Patch(color=_CYCLE[column], label=name)
         for column, name in enumerate(modalities)
     ]
-    handles.append(Patch(facecolor="white", edgecolor=GREY, hatch="///", label="of the noisy one"))
+    handles.append(Patch(facecolor="white", edgecolor=GREY, hatch="///", label="where noisy"))
     figure.legend(handles=handles, loc="outside upper center", ncols=count + 1, frameon=False)
     return figure
 
