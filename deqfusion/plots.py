@@ -157,10 +157,7 @@ def modality_weight_bars(
         _strip(axes)
         axes.grid(axis="y", color=_GRID)
     all_axes[0].set_ylabel("mean modality weight")
-    handles = [
-        Patch(color=_CYCLE[column], label=name)
-        for column, name in enumerate(modalities)
-    ]
+    handles = [Patch(color=_CYCLE[column], label=name) for column, name in enumerate(modalities)]
     handles.append(Patch(facecolor="white", edgecolor=GREY, hatch="///", label="where noisy"))
     figure.legend(handles=handles, loc="outside upper center", ncols=count + 1, frameon=False)
     return figure
