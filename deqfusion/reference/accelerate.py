@@ -20,9 +20,8 @@ from torch import Tensor
 
 from deqfusion.reference.product import take_rows
 
-# Relative ridge by dtype, where the user gives none. In fp32 the Gram matrix is known to about
-# 1e-7 of its largest entry, and 1e-8 of the mean diagonal changed the steps of no solve measured;
-# in fp64 the ridge only has to keep the elimination from dividing by zero.
+# Relative ridge by dtype, where the user gives none: below what rounding leaves of the Gram matrix
+# (about 1e-7 of its largest entry in fp32), so that it only keeps the elimination from dividing by 0.
 DEFAULT_RIDGE = {torch.float32: 1e-8, torch.float64: 1e-15}
 
 

@@ -1,7 +1,6 @@
 """GroupNorm inside the solves, on rows (..., d) seen as (..., G, d / G).
 
-The variance is that of the centred values, never E[x^2] - E[x]^2. (Centring the weights once per
-solve would spare the steps their means; for small batches it cost more than it saved.)
+The variance is that of the centred values, never E[x^2] - E[x]^2.
 """
 
 from __future__ import annotations
