@@ -21,7 +21,7 @@ from torch import Tensor
 from deqfusion.reference.product import take_rows
 
 # Relative ridge by dtype, where the user gives none: below what rounding leaves of the Gram matrix
-# (about 1e-7 of its largest entry in fp32), so that it only keeps the elimination from dividing by 0.
+# (about 1e-7 of its largest entry in fp32), to keep the elimination from dividing by zero.
 DEFAULT_RIDGE = {torch.float32: 1e-8, torch.float64: 1e-15}
 
 
