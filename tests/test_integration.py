@@ -242,22 +242,18 @@ def test_aot_inductor(tmp_path):
 
 
 def test_autocast():
-    model = Model()
-    inputs = some_inputs(32)
+    model = Model(dim=128)
+    # Features of about unit variance: the blocks contract, and every row converges.
+    inputs = [2 * x for x in some_inputs(32)]
     expected = model(inputs)
-    exact = torch.stack([e(x) for e, x in zip(model.encoders, inputs, strict=True)])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = model(inputs)
         features = torch.stack([e(x) for e, x in zip(model.encoders, inputs, strict=True)])
         assert features.dtype == torch.bfloat16
         stats = model.fusion.equilibrium(features).stats
-    # At this width some rows do not converge in any precision; autocast must not add to them.
-    plain = model.fusion.equilibrium(features.float()).stats
-    assert (stats.status == plain.status).float().mean() > 0.95
-    rows = (stats.converged & model.fusion.equilibrium(exact).stats.converged).all(0)
-    assert rows.float().mean() > 0.5
+    assert stats.converged.all()
     assert stats.residual.dtype == torch.float32
-    assert (got.float() - expected)[rows].norm() < 0.05 * expected[rows].norm()
+    assert (got.float() - expected).norm() < 0.05 * expected.norm()
     got.float().square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32

@@ -1,9 +1,6 @@
 r"""From the last evaluations to the next iterate: Picard, Anderson, Broyden, on rows (K, R, d).
 
-Each accelerator keeps its history on the device, in the dtype of the state (fp32 or fp64), and
-knows three calls: `propose(step, z, f, g)` returns the next iterate after the evaluation f = f(z),
-g = f - z; `restart(rows, step)` forgets the history of the rows of a mask (K, R) before `step`;
-`take(index)` keeps the rows index (K, S).
+Each accelerator keeps its history on the device, in the dtype of the state (fp32 or fp64).
 
 Anderson solves, per row, with Gram matrix H_ij = <g_i, g_j> of the last n <= m residuals,
 
@@ -15,6 +12,9 @@ which are the weights of the bordered system of Walker and Ni. One row of H is n
 
 from __future__ import annotations
 
+import copy
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -25,23 +25,55 @@ from deqfusion.reference.product import take_rows
 DEFAULT_RIDGE = {torch.float32: 1e-8, torch.float64: 1e-15}
 
 
+class Accelerator(Protocol):
+    """From the evaluations of a solve to its next iterate."""
+
+    def propose(self, z: Tensor | None, f: Tensor, g: Tensor) -> Tensor:
+        """The next iterate after f = f(z), g = f - z (K, R, d), which are kept, not copied."""
+        ...
+
+    def restart(self, rows: Tensor) -> None:
+        """Forgets the history of the rows of a mask (K, R)."""
+        ...
+
+    def take(self, index: Tensor) -> None:
+        """Keeps the rows index (K, S)."""
+        ...
+
+    def snapshot(self) -> Accelerator:
+        """This history as it is now, unchanged by what follows."""
+        ...
+
+    def join(self, parts: list[tuple[Accelerator, Tensor]]) -> Accelerator:
+        """The histories of the rows index (K, S) of parts of the same kind, side by side."""
+        ...
+
+
 class Picard:
     """z + damping * (f - z)."""
 
     def __init__(self, damping: float) -> None:
         self.damping = damping
 
-    def propose(self, step: int, z: Tensor | None, f: Tensor, g: Tensor) -> Tensor:
+    def propose(self, z: Tensor | None, f: Tensor, g: Tensor) -> Tensor:
         """The damped step."""
         if self.damping == 1.0:
             return f
         return f.add(g, alpha=self.damping - 1.0)
 
-    def restart(self, rows: Tensor, step: int) -> None:
+    def restart(self, rows: Tensor) -> None:
         """There is no history."""
 
     def take(self, index: Tensor) -> None:
         """There is nothing to take."""
+
+    def snapshot(self) -> Picard:
+        """Itself."""
+        return self
+
+    def join(self, parts: list[tuple[Accelerator, Tensor]]) -> Picard:
+        """Itself."""
+        return self
 
 
 class Anderson:
@@ -56,87 +88,129 @@ class Anderson:
 
     def __init__(self, memory: int, ridge: float | None, relative: bool, mixing: float) -> None:
         self.memory, self.ridge, self.relative, self.mixing = memory, ridge, relative, mixing
+        # Entry j of the lists, of the Gram matrix (K, R, m, m) and of `valid` (K, R, m) are the
+        # same evaluation; the newest overwrites the oldest. `valid` None: all entries are.
         self.f: list[Tensor] = []
         self.g: list[Tensor] = []
-        self.steps: list[int] = []
+        self.newest = -1
         self.gram: Tensor | None = None
-        self.first: Tensor | None = None
+        self.valid: Tensor | None = None
 
-    def propose(self, step: int, z: Tensor | None, f: Tensor, g: Tensor) -> Tensor:
-        """The mixed iterate; f and g (K, R, d) are kept, not copied."""
+    def propose(self, z: Tensor | None, f: Tensor, g: Tensor) -> Tensor:
+        """The mixed iterate."""
         if self.gram is None:
-            self.gram = f.new_zeros(self.memory, self.memory, *f.shape[:2])
-        slot = step % self.memory
+            self.gram = f.new_zeros(*f.shape[:2], self.memory, self.memory)
+        self.newest = slot = (self.newest + 1) % self.memory
         if slot == len(self.f):
             self.f.append(f)
             self.g.append(g)
-            self.steps.append(step)
         else:
-            self.f[slot], self.g[slot], self.steps[slot] = f, g, step
+            self.f[slot], self.g[slot] = f, g
+        if self.valid is not None:
+            self.valid[..., slot] = True
         n = len(self.g)
-        dots = torch.stack([torch.linalg.vecdot(other, g) for other in self.g])
-        self.gram[slot, :n] = dots
-        self.gram[:n, slot] = dots
-        if len(self.f) == 1:
+        dots = torch.stack([torch.linalg.vecdot(other, g) for other in self.g], -1)
+        self.gram[..., slot, :n] = dots
+        self.gram[..., :n, slot] = dots
+        if n == 1:
             return f if self.mixing == 1.0 else f.add(g, alpha=self.mixing - 1.0)
-        weights = self.weights(slot).unsqueeze(-1)
+        weights = self.weights().unsqueeze(2).unbind(-1)
         out = self.f[0] * weights[0]
-        for j in range(1, len(self.f)):
-            out.addcmul_(self.f[j], weights[j])
+        for entry, weight in zip(self.f[1:], weights[1:], strict=True):
+            out.addcmul_(entry, weight)
         if self.mixing != 1.0:
-            for j, residual in enumerate(self.g):
-                out.addcmul_(residual, weights[j], value=self.mixing - 1.0)
+            for entry, weight in zip(self.g, weights, strict=True):
+                out.addcmul_(entry, weight, value=self.mixing - 1.0)
         return out
 
-    def weights(self, newest: int) -> Tensor:
-        """a (n, K, R), summing to 1 over n."""
+    def weights(self) -> Tensor:
+        """a (K, R, n), summing to 1 over n."""
         assert self.gram is not None
         n = len(self.f)
-        gram = self.gram[:n, :n].permute(2, 3, 0, 1)
-        kept = None
-        if self.first is not None:
-            steps = torch.tensor(self.steps, device=gram.device)
-            kept = steps >= self.first.unsqueeze(-1)
-            gram = gram * (kept.unsqueeze(-1) & kept.unsqueeze(-2))
+        gram = self.gram[..., :n, :n].clone()
+        valid = None if self.valid is None else self.valid[..., :n]
+        if valid is not None:
+            gram.masked_fill_(~(valid.unsqueeze(-1) & valid.unsqueeze(-2)), 0.0)
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         ridge = DEFAULT_RIDGE[gram.dtype] if self.ridge is None else self.ridge
         if self.relative:
-            shift = diagonal.mean(-1, keepdim=True) * ridge
+            diagonal += diagonal.mean(-1, keepdim=True) * ridge
         else:
-            shift = torch.full_like(diagonal[..., :1], ridge)
-        shift = shift.expand_as(diagonal)
-        ones = torch.ones_like(diagonal)
-        if kept is not None:
+            diagonal += ridge
+        ones = gram.new_ones(*gram.shape[:-1], 1)
+        if valid is not None:
             # A forgotten entry is decoupled: diagonal 1, right-hand side 0.
-            shift = torch.where(kept, shift, 1.0)
-            ones = kept.to(gram.dtype)
-        a = torch.linalg.solve_ex(gram + torch.diag_embed(shift), ones.unsqueeze(-1))[0].squeeze(-1)
-        a = a / a.sum(-1, keepdim=True)
-        plain = torch.zeros_like(a)
-        plain[..., newest] = 1.0
-        a = torch.where(a.isfinite().all(-1, keepdim=True), a, plain)
-        return a.permute(2, 0, 1)
+            diagonal.masked_fill_(~valid, 1.0)
+            ones = valid.to(gram.dtype).unsqueeze(-1)
+        a = torch.linalg.solve_ex(gram, ones)[0].squeeze(-1)
+        a /= a.sum(-1, keepdim=True)
+        if gram.device.type != "cpu" or not bool(a.sum().isfinite()):
+            plain = torch.zeros_like(a)
+            plain[..., self.newest] = 1.0
+            a = torch.where(a.isfinite().all(-1, keepdim=True), a, plain)
+        return a
 
-    def restart(self, rows: Tensor, step: int) -> None:
-        """Evaluations before `step` no longer count for `rows` (K, R)."""
-        if self.first is None:
-            self.first = torch.zeros(rows.shape, dtype=torch.long, device=rows.device)
-        self.first = torch.where(rows, step, self.first)
-        if self.gram is not None:
-            # A forgotten entry may hold NaN, which a factor 0 would keep.
-            self.gram = torch.where(rows, 0.0, self.gram)
-            clear = rows.unsqueeze(-1)
-            self.f = [torch.where(clear, 0.0, f) for f in self.f]
-            self.g = [torch.where(clear, 0.0, g) for g in self.g]
+    def restart(self, rows: Tensor) -> None:
+        """The entries so far no longer count for `rows` (K, R)."""
+        if self.gram is None:
+            return
+        if self.valid is None:
+            self.valid = torch.ones_like(self.gram[..., 0], dtype=torch.bool)
+        self.valid = self.valid & ~rows.unsqueeze(-1)
+        # A forgotten entry may hold NaN, which a weight 0 would keep.
+        clear = rows.unsqueeze(-1)
+        self.gram = torch.where(clear.unsqueeze(-1), 0.0, self.gram)
+        self.f = [torch.where(clear, 0.0, f) for f in self.f]
+        self.g = [torch.where(clear, 0.0, g) for g in self.g]
 
     def take(self, index: Tensor) -> None:
         """Keeps the rows index (K, S)."""
         self.f = [take_rows(f, index) for f in self.f]
         self.g = [take_rows(g, index) for g in self.g]
         if self.gram is not None:
-            self.gram = self.gram.gather(3, index.expand(self.memory, self.memory, -1, -1))
-        if self.first is not None:
-            self.first = self.first.gather(1, index)
+            self.gram = take_rows(self.gram.flatten(2), index).unflatten(-1, (self.memory, -1))
+        if self.valid is not None:
+            self.valid = take_rows(self.valid, index)
+
+    def snapshot(self) -> Anderson:
+        """This history as it is now; the evaluations in it are not copied."""
+        other = copy.copy(self)
+        other.f, other.g = list(self.f), list(self.g)
+        other.gram = None if self.gram is None else self.gram.clone()
+        other.valid = None if self.valid is None else self.valid.clone()
+        return other
+
+    def join(self, parts: list[tuple[Accelerator, Tensor]]) -> Anderson:
+        """The histories of the rows index (K, S) of each part, side by side, oldest first."""
+        histories = [(part, index) for part, index in parts if isinstance(part, Anderson)]
+        n = max(len(part.f) for part, _ in histories)
+        aged = [part._aged(index, n) for part, index in histories]
+        joined = Anderson(self.memory, self.ridge, self.relative, self.mixing)
+        joined.f = [torch.cat(column, 1) for column in zip(*(a[0] for a in aged), strict=True)]
+        joined.g = [torch.cat(column, 1) for column in zip(*(a[1] for a in aged), strict=True)]
+        joined.newest = n - 1
+        joined.gram = joined.f[0].new_zeros(*joined.f[0].shape[:2], self.memory, self.memory)
+        joined.gram[..., :n, :n] = torch.cat([a[2] for a in aged], 1)
+        if any(part.valid is not None or len(part.f) < n for part, _ in histories):
+            joined.valid = torch.zeros_like(joined.gram[..., 0], dtype=torch.bool)
+            joined.valid[..., :n] = torch.cat([a[3] for a in aged], 1)
+        return joined
+
+    def _aged(self, index: Tensor, n: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """f, g, Gram matrix and validity of rows, n entries, oldest first, filled with zeros."""
+        assert self.gram is not None
+        have = len(self.f)
+        order = [(self.newest + 1 + j) % have for j in range(have)]
+        empty = [torch.zeros_like(take_rows(self.f[0], index))] * (n - have)
+        f = empty + [take_rows(self.f[j], index) for j in order]
+        g = empty + [take_rows(self.g[j], index) for j in order]
+        small = take_rows(self.gram.flatten(2), index).unflatten(-1, (self.memory, -1))
+        gram = small.new_zeros(*small.shape[:2], n, n)
+        gram[..., n - have :, n - have :] = small[..., order, :][..., order]
+        valid = torch.zeros_like(gram[..., 0], dtype=torch.bool)
+        given = True if self.valid is None else take_rows(self.valid, index)[..., order]
+        valid[..., n - have :] = given
+        return f, g, gram, valid
 
 
 class Broyden:
@@ -156,7 +230,7 @@ class Broyden:
         self.v: list[Tensor] = []
         self.last: tuple[Tensor, Tensor] | None = None
 
-    def propose(self, step: int, z: Tensor | None, f: Tensor, g: Tensor) -> Tensor:
+    def propose(self, z: Tensor | None, f: Tensor, g: Tensor) -> Tensor:
         """The quasi-Newton step."""
         here = torch.zeros_like(f) if z is None else z
         if len(self.u) == self.memory:
@@ -180,7 +254,7 @@ class Broyden:
             out.addcmul_(u, torch.linalg.vecdot(v, x).unsqueeze(-1))
         return out
 
-    def restart(self, rows: Tensor, step: int) -> None:
+    def restart(self, rows: Tensor) -> None:
         """Back to -I for `rows`; no update is drawn from the step that led here."""
         clear = rows.unsqueeze(-1)
         self.u = [torch.where(clear, 0.0, u) for u in self.u]
@@ -195,3 +269,11 @@ class Broyden:
         self.v = [take_rows(v, index) for v in self.v]
         if self.last is not None:
             self.last = (take_rows(self.last[0], index), take_rows(self.last[1], index))
+
+    def snapshot(self) -> Broyden:
+        """Not made: rows of a quasi-Newton solve all are at the same step."""
+        raise NotImplementedError("Broyden's method has no precision ladder")
+
+    def join(self, parts: list[tuple[Accelerator, Tensor]]) -> Broyden:
+        """Not made, see `snapshot`."""
+        raise NotImplementedError("Broyden's method has no precision ladder")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from deqfusion.reference.cell import CellOptions, FusionParameters, gate_weights
-from deqfusion.reference.norm import NormVJP, centre_, inverse_deviation, multiply_groups_
+from deqfusion.reference.iterate import Anchor
+from deqfusion.reference.norm import NormVJP, centre, centre_, inverse_deviation, multiply_groups_
 from deqfusion.reference.product import Weight, take_rows
 
 
@@ -82,6 +83,10 @@ class FusionBlock:
         other.shape = other.injection.shape
         return other
 
+    def blocks(self, start: int, stop: int) -> FusionBlock:
+        """The block itself, of which there is one."""
+        return self
+
     def rows(self, start: int, stop: int) -> FusionBlock:
         """The same block for the rows start to stop."""
         return self._map(lambda x: x[:, start:stop])
@@ -90,9 +95,8 @@ class FusionBlock:
         """The same block for the rows index (1, S)."""
         return self._map(lambda x: take_rows(x, index))
 
-    def gate_sum(self, z: Tensor, low: bool) -> Tensor:
-        """s (1, R, d)."""
-        p = self.c.gate.forward(z, low)
+    def gate_sum(self, p: Tensor) -> Tensor:
+        """s (1, R, d) from p = W_g z (1, R, d)."""
         if self.slope is not None:
             return torch.addcmul(self.constants, p, self.slope)
         a = torch.add(self.constants, p).sigmoid_()
@@ -100,19 +104,43 @@ class FusionBlock:
             a.mul_(self.gate_mask)
         return a.sum(0, keepdim=True)
 
-    def __call__(self, z: Tensor | None, low: bool = False) -> Tensor:
-        """f(z) for z (1, R, d), or f(0) for None; low: with bfloat16 products."""
+    def __call__(self, z: Tensor | None) -> Tensor:
+        """f(z) for z (1, R, d), or f(0) for None."""
         if z is None:
-            v = self.injection.clone()
+            return self._output(self.injection)
+        return self._output(self.injected(self.gate_sum(self.c.gate.forward(z)).mul_(z)))
+
+    def anchored(self, z: Tensor) -> tuple[Tensor, Anchor]:
+        """f(z), and (z, W_g z, u = s z, v) for `near`."""
+        p = self.c.gate.forward(z)
+        u = self.gate_sum(p).mul_(z)
+        v = self.injected(u)
+        return self._output(v), (z, p, u, v)
+
+    def near(self, z: Tensor, anchor: Anchor | None) -> Tensor:
+        """f(z) with bfloat16 products of differences from an anchor, or from zeros."""
+        c = self.c
+        if anchor is None:
+            u = self.gate_sum(c.gate.forward_low(z)).mul_(z)
+            v, start = c.weight.forward_low(u), self.injection
         else:
-            v = self.c.weight.forward(self.gate_sum(z, low).mul_(z), low)
-            if self.fusion_mask is not None:
-                v.mul_(self.fusion_mask)
-            v.add_(self.injection)
+            z0, p0, u0, start = anchor
+            u = self.gate_sum(c.gate.forward_low(z - z0).add_(p0)).mul_(z)
+            v = c.weight.forward_low(u.sub_(u0))
+        if self.fusion_mask is not None:
+            v.mul_(self.fusion_mask)
+        return self._output(v.add_(start))
+
+    def injected(self, u: Tensor) -> Tensor:
+        """v from u."""
+        if self.fusion_mask is None:
+            return self.c.weight.forward(u, self.injection)
+        return self.c.weight.forward(u).mul_(self.fusion_mask).add_(self.injection)
+
+    def _output(self, v: Tensor) -> Tensor:
+        """f from v."""
         c, o = self.c, self.c.options
-        if o.tail == "relu_norm":
-            v.relu_()
-        v = centre_(v, o.num_groups)
+        v = centre_(v.relu(), o.num_groups) if o.tail == "relu_norm" else centre(v, o.num_groups)
         v = multiply_groups_(v, inverse_deviation(v, o.num_groups))
         f = torch.addcmul(c.b, v, c.w)
         return f.relu_() if o.tail == "norm_relu" else f
@@ -133,21 +161,19 @@ class FusionLinearization:
     def __init__(self, block: FusionBlock, z: Tensor) -> None:
         c, o = block.c, block.c.options
         self.c, self.z, self.block = c, z, block
+        p = c.gate.forward(z)
         if block.slope is not None:
-            self.s = block.gate_sum(z, False)
+            self.s = block.gate_sum(p)
             self.t = z * block.slope
         else:
-            a = torch.add(block.constants, c.gate.forward(z, False)).sigmoid_()
+            a = torch.add(block.constants, p).sigmoid_()
             slope = a * (1 - a)
             if block.gate_mask is not None:
                 a, slope = a * block.gate_mask, slope * block.gate_mask
             self.s = a.sum(0, keepdim=True)
             self.t = z * slope.sum(0, keepdim=True)
         self.u = self.s * z
-        v = c.weight.forward(self.u, False)
-        if block.fusion_mask is not None:
-            v.mul_(block.fusion_mask)
-        v.add_(block.injection)
+        v = block.injected(self.u)
         if o.tail == "relu_norm":
             self.open = v > 0
             v = centre_(v.relu_(), o.num_groups)
@@ -197,11 +223,11 @@ class FusionLinearization:
         if not relu_last:
             r = r * self.open
         masked = r if block.fusion_mask is None else r * block.fusion_mask
-        y = c.weight.transposed(masked, False)
+        y = c.weight.transposed(masked)
         yz = y * self.z
         gate = (y * self.t).squeeze(0)
         if block.slope is None:
-            a = torch.add(block.constants, c.gate.forward(self.z, False)).sigmoid_()
+            a = torch.add(block.constants, c.gate.forward(self.z)).sigmoid_()
             a = a * (1 - a)
             if block.gate_mask is not None:
                 a.mul_(block.gate_mask)

@@ -41,7 +41,7 @@ class JointBlock:
         self.pm, self.pf, self.o = pm, pf, o
         self.shape = torch.Size((1, x.shape[1], (x.shape[0] + 1) * x.shape[2]))
 
-    def __call__(self, z: Tensor | None, low: bool = False) -> Tensor:
+    def __call__(self, z: Tensor | None) -> Tensor:
         modalities, rows, dim = self.x.shape
         if z is None:
             state = self.x.new_zeros(modalities + 1, rows, dim)
@@ -67,6 +67,10 @@ class JointBlock:
             take_rows(self.x, index), self.injection[flat], rows(self.present),
             rows(self.gate_mask), fusion_mask, self.pm, self.pf, self.o,
         )  # fmt: skip
+
+    def blocks(self, start: int, stop: int) -> JointBlock:
+        """The block itself, of which there is one."""
+        return self
 
     def rows(self, start: int, stop: int) -> JointBlock:
         """The same block for the rows start to stop."""

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from deqfusion.reference.cell import CellOptions, ModalityParameters
+from deqfusion.reference.iterate import Anchor
 from deqfusion.reference.norm import (
     NormVJP,
+    centre,
     centre_,
     inverse_deviation,
     multiply_groups_,
@@ -32,7 +34,7 @@ class _Constants:
     """What all rows of a solve share: weights and affine parameters (N, 1, d)."""
 
     def __init__(self, p: ModalityParameters, o: CellOptions) -> None:
-        self.options = o
+        self.parameters, self.options = p, o
         self.weight1, self.weight2 = Weight(p.weight1), Weight(p.weight2)
         self.bias1 = p.bias1.unsqueeze(1)
         self.bias2 = p.bias2.unsqueeze(1)
@@ -58,34 +60,70 @@ class ModalityBlock:
         self.c = _Constants(p, o)
         self.injection = x + self.c.bias2
 
+    def blocks(self, start: int, stop: int) -> ModalityBlock:
+        """The modalities start to stop, with weights of their own."""
+        p = ModalityParameters(*(t[start:stop] for t in self.c.parameters))
+        return self._with(self.injection[start:stop], _Constants(p, self.c.options))
+
     def rows(self, start: int, stop: int) -> ModalityBlock:
         """The same block for the rows start to stop."""
-        return self._with(self.injection[:, start:stop])
+        return self._with(self.injection[:, start:stop], self.c)
 
     def take(self, index: Tensor) -> ModalityBlock:
         """The same block for the rows index (N, S)."""
-        return self._with(take_rows(self.injection, index))
+        return self._with(take_rows(self.injection, index), self.c)
 
-    def _with(self, injection: Tensor) -> ModalityBlock:
+    @staticmethod
+    def _with(injection: Tensor, c: _Constants) -> ModalityBlock:
         other = object.__new__(ModalityBlock)
-        other.c, other.injection, other.shape = self.c, injection, injection.shape
+        other.c, other.injection, other.shape = c, injection, injection.shape
         return other
 
-    def __call__(self, z: Tensor | None, low: bool = False) -> Tensor:
-        """f(z) for z (N, R, d), or f(0) for None; low: with bfloat16 products."""
-        c, o = self.c, self.c.options
-        groups = o.num_groups
+    def __call__(self, z: Tensor | None) -> Tensor:
+        """f(z) for z (N, R, d), or f(0) for None."""
+        c = self.c
         if z is None:
-            h = c.bias1.expand(self.shape).clone()
+            # The same hidden row for all: no product of (R, d).
+            h = self._hidden(centre(c.bias1, c.options.num_groups))
+            q = c.weight2.forward(h) + self.injection
         else:
-            h = c.weight1.forward(z, low).add_(c.bias1)
-        h = centre_(h, groups)
-        h = multiply_groups_(h, inverse_deviation(h, groups))
-        h = torch.addcmul(c.b1, h, c.w1).relu_()
-        t = centre_(c.weight2.forward(h, low).add_(self.injection), groups)
-        t = multiply_groups_(t, inverse_deviation(t, groups))
+            h = self._hidden(centre_(c.weight1.forward(z, c.bias1), c.options.num_groups))
+            q = c.weight2.forward(h, self.injection)
+        return self._output(centre_(q, c.options.num_groups), z)
+
+    def anchored(self, z: Tensor) -> tuple[Tensor, Anchor]:
+        """f(z), and (z, u, h, q) for `near`."""
+        c, groups = self.c, self.c.options.num_groups
+        u = c.weight1.forward(z, c.bias1)
+        h = self._hidden(centre(u, groups))
+        q = c.weight2.forward(h, self.injection)
+        return self._output(centre(q, groups), z), (z, u, h, q)
+
+    def near(self, z: Tensor, anchor: Anchor | None) -> Tensor:
+        """f(z) with bfloat16 products of differences from an anchor, or from zeros."""
+        c, groups = self.c, self.c.options.num_groups
+        if anchor is None:
+            u = c.weight1.forward_low(z).add_(c.bias1)
+            q = c.weight2.forward_low(self._hidden(centre_(u, groups))).add_(self.injection)
+        else:
+            z0, u0, h0, q0 = anchor
+            u = c.weight1.forward_low(z - z0).add_(u0)
+            h = self._hidden(centre_(u, groups))
+            q = c.weight2.forward_low(h.sub_(h0)).add_(q0)
+        return self._output(centre_(q, groups), z)
+
+    def _hidden(self, centred: Tensor) -> Tensor:
+        """h from centred u, which it overwrites."""
+        c, groups = self.c, self.c.options.num_groups
+        h = multiply_groups_(centred, inverse_deviation(centred, groups))
+        return torch.addcmul(c.b1, h, c.w1).relu_()
+
+    def _output(self, centred: Tensor, z: Tensor | None) -> Tensor:
+        """f from centred q, which it overwrites; z for the skip connection."""
+        c, groups = self.c, self.c.options.num_groups
+        t = multiply_groups_(centred, inverse_deviation(centred, groups))
         t = torch.addcmul(c.b2, t, c.w2)
-        if o.skip and z is not None:
+        if c.options.skip and z is not None:
             t.add_(z)
         t = centre_(t.relu_(), groups)
         t = multiply_groups_(t, inverse_deviation(t, groups))
@@ -108,12 +146,12 @@ class ModalityLinearization:
         c, o = block.c, block.c.options
         groups = o.num_groups
         self.c, self.z = c, z
-        u = centre_(c.weight1.forward(z, False).add_(c.bias1), groups)
+        u = centre_(c.weight1.forward(z, c.bias1), groups)
         self.norm1 = NormVJP(u, inverse_deviation(u, groups))
         y = torch.addcmul(c.b1, self.norm1.normalized(), c.w1)
         self.h = y.relu()
         self.open1 = y > 0
-        q = centre_(c.weight2.forward(self.h, False).add_(block.injection), groups)
+        q = centre_(c.weight2.forward(self.h, block.injection), groups)
         self.norm2 = NormVJP(q, inverse_deviation(q, groups))
         t = torch.addcmul(c.b2, self.norm2.normalized(), c.w2)
         if o.skip:
@@ -152,7 +190,7 @@ class ModalityLinearization:
         xhat1, xhat2, xhat3 = (n.normalized() for n in (self.norm1, self.norm2, self.norm3))
         p = self.norm3(gradient * c.w3).mul_(self.open2)
         q = self.norm2(p * c.w2)
-        r = c.weight2.transposed(q, False).mul_(self.open1)
+        r = c.weight2.transposed(q).mul_(self.open1)
         s = self.norm1(r * c.w1)
         grads = ModalityParameters(
             weight1=torch.bmm(s.transpose(1, 2), self.z),

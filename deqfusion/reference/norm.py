@@ -12,16 +12,22 @@ from deqfusion.reference.cell import EPS
 from deqfusion.reference.product import take_rows
 
 
+def centre(x: Tensor, groups: int) -> Tensor:
+    """x minus the group means of the last dimension."""
+    grouped = x.view(*x.shape[:-1], groups, x.shape[-1] // groups)
+    return (grouped - grouped.mean(-1, keepdim=True)).flatten(-2)
+
+
 def centre_(x: Tensor, groups: int) -> Tensor:
-    """Subtracts the group means of the last dimension in place."""
-    grouped = x.unflatten(-1, (groups, -1))
+    """`centre` in place."""
+    grouped = x.view(*x.shape[:-1], groups, x.shape[-1] // groups)
     grouped.sub_(grouped.mean(-1, keepdim=True))
     return x
 
 
 def inverse_deviation(centred: Tensor, groups: int) -> Tensor:
     """1 / sqrt(variance + EPS) of each group of centred rows (..., d): (..., G, 1)."""
-    grouped = centred.unflatten(-1, (groups, -1))
+    grouped = centred.view(*centred.shape[:-1], groups, centred.shape[-1] // groups)
     norm = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)
     return norm.square_().div_(grouped.shape[-1]).add_(EPS).rsqrt_()
 
@@ -33,7 +39,8 @@ def multiply_groups(x: Tensor, factor: Tensor) -> Tensor:
 
 def multiply_groups_(x: Tensor, factor: Tensor) -> Tensor:
     """`multiply_groups` in place."""
-    x.unflatten(-1, (factor.shape[-2], -1)).mul_(factor)
+    groups = factor.shape[-2]
+    x.view(*x.shape[:-1], groups, x.shape[-1] // groups).mul_(factor)
     return x
 
 

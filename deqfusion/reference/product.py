@@ -1,4 +1,4 @@
-"""Matrix products of a block: one weight in the precisions that a solve uses it in."""
+"""Matrix products of a block, in two precisions, and rows taken from and put into tensors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 class Weight:
     """A stacked weight (K, out, in) applied to rows: (K, R, in) -> (K, R, out).
 
-    The low-precision products take bfloat16 inputs and accumulate in fp32; their copies of the
-    weight are made at first use, once per solve.
+    The low-precision products take bfloat16 inputs and accumulate in fp32; their copy of the
+    weight is made at first use, once per solve.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -24,14 +24,22 @@ class Weight:
             self._low = self.weight.to(torch.bfloat16)
         return self._low
 
-    def forward(self, x: Tensor, low: bool) -> Tensor:
-        """x W^T: (K, R, in) -> (K, R, out), in the dtype of x."""
-        if low:
-            return torch.bmm(x.to(torch.bfloat16), self.low.transpose(1, 2)).to(x.dtype)
-        return torch.bmm(x, self.weight.transpose(1, 2))
+    def blocks(self, start: int, stop: int) -> Weight:
+        """The weights of the blocks start to stop."""
+        return Weight(self.weight[start:stop])
 
-    def transposed(self, x: Tensor, low: bool) -> Tensor:
-        """x W: (K, R, out) -> (K, R, in), in the dtype of x."""
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x W^T + add: (K, R, in) and (K, R or 1, out) -> (K, R, out), in the dtype of x."""
+        if add is None:
+            return torch.bmm(x, self.weight.transpose(1, 2))
+        return torch.baddbmm(add, x, self.weight.transpose(1, 2))
+
+    def forward_low(self, x: Tensor) -> Tensor:
+        """x W^T with bfloat16 inputs, in the dtype of x."""
+        return torch.bmm(x.to(torch.bfloat16), self.low.transpose(1, 2)).to(x.dtype)
+
+    def transposed(self, x: Tensor, low: bool = False) -> Tensor:
+        """x W: (K, R, out) -> (K, R, in), in the dtype of x; low: with bfloat16 inputs."""
         if low:
             return torch.bmm(x.to(torch.bfloat16), self.low).to(x.dtype)
         return torch.bmm(x, self.weight)
@@ -41,7 +49,23 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows index (K, S) of x (K, R, d), or of x (N, R, d) with one index row for all: (., S, d)."""
     if index.shape[0] == 1:
         return x.index_select(1, index[0])
-    rows = x.shape[1]
-    offset = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * rows
-    flat = (index + offset).reshape(-1)
+    flat = _flat(index, x.shape[1])
     return x.reshape(-1, x.shape[-1]).index_select(0, flat).reshape(*index.shape, x.shape[-1])
+
+
+def put_rows(target: Tensor, index: Tensor, chosen: Tensor | None, values: Tensor) -> None:
+    """target[k, index[k, s]] = values[k, s] where chosen[k, s] (K, S), or everywhere for None.
+
+    target (K, R, d), contiguous; values (K, S, d).
+    """
+    flat, source = _flat(index, target.shape[1]), values.flatten(0, 1)
+    if chosen is not None:
+        rows = chosen.flatten().nonzero().squeeze(1)
+        flat, source = flat.index_select(0, rows), source.index_select(0, rows)
+    target.flatten(0, 1).index_copy_(0, flat, source)
+
+
+def _flat(index: Tensor, rows: int) -> Tensor:
+    if index.shape[0] == 1:
+        return index[0]
+    return (index + torch.arange(index.shape[0], device=index.device).unsqueeze(1) * rows).flatten()

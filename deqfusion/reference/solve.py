@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deqfusion.reference.accelerate import Anderson, Broyden, Picard
+from deqfusion.reference.accelerate import Accelerator, Anderson, Broyden, Picard
 from deqfusion.reference.cell import (
     CellOptions,
     FusionParameters,
@@ -23,21 +23,23 @@ from deqfusion.reference.cell import (
     gate_weights,
 )
 from deqfusion.reference.fusion import FusionBlock, FusionLinearization
+from deqfusion.reference.host import fixed_point
 from deqfusion.reference.iterate import (
     AT_MAX_STEPS,
     CONVERGED,
     NON_FINITE,
-    Accelerator,
+    Anchor,
     Block,
     Outcome,
     Settings,
-    fixed_point,
+    fixed_point_masked,
 )
 from deqfusion.reference.modality import ModalityBlock, ModalityLinearization
 from deqfusion.reference.product import take_rows
 
-# Elements of one tensor (K, rows, d) of a chunk; a history of ten of them should stay in L2/L3.
-CHUNK_ELEMENTS = 1 << 18
+# Elements of one tensor (K, rows, d) of a chunk: more than so many, and blocks are solved one after
+# the other; a block of more, in chunks of rows. A history of ten tensors should stay in L3.
+CHUNK_ELEMENTS = 1 << 19
 # Below this width the products are too small a part of a step for cheaper ones to pay.
 LADDER_WIDTH = 256
 
@@ -86,9 +88,11 @@ class Solution(NamedTuple):
 
 
 class SplitBlock(Block, Protocol):
-    """A block that can be cut into chunks of rows."""
+    """Stacked blocks that can be cut into fewer blocks, and into chunks of rows."""
 
-    def rows(self, start: int, stop: int) -> Block: ...
+    def blocks(self, start: int, stop: int) -> SplitBlock: ...
+
+    def rows(self, start: int, stop: int) -> SplitBlock: ...
 
 
 @functools.cache
@@ -121,10 +125,38 @@ def _settings(o: SolverOptions, tolerance: Tensor | None, example: Tensor, width
     return Settings(rtol, o.atol, o.max_steps, o.relative_ridge, ladder)
 
 
-def _chunks(shape: torch.Size, device: torch.device) -> list[tuple[int, int]]:
+def _chunks(shape: torch.Size, device: torch.device) -> list[tuple[slice, list[slice]]]:
+    """Which blocks are solved together, each with its chunks of rows."""
     blocks, rows, width = shape
-    size = rows if device.type != "cpu" else max(16, CHUNK_ELEMENTS // max(1, blocks * width))
-    return [(at, min(at + size, rows)) for at in range(0, rows, size)] or [(0, 0)]
+    if device.type != "cpu" or blocks * rows * width <= CHUNK_ELEMENTS:
+        return [(slice(0, blocks), [slice(0, rows)])]
+    # Equal chunks, so that none is too small to be worth its steps.
+    count = -(-rows * width // CHUNK_ELEMENTS)
+    size = -(-rows // count)
+    chunks = [slice(at, min(at + size, rows)) for at in range(0, rows, size)]
+    return [(slice(k, k + 1), chunks) for k in range(blocks)]
+
+
+def _merge(parts: list[list[Outcome]]) -> Outcome:
+    """Chunks of rows (inner) and of blocks (outer) put together."""
+    rows = [
+        part[0] if len(part) == 1 else Outcome(*(torch.cat(column, 1) for column in zip(*part)))  # noqa: B905
+        for part in parts
+    ]
+    return rows[0] if len(rows) == 1 else Outcome(*(torch.cat(column) for column in zip(*rows)))  # noqa: B905
+
+
+def _fixed_point(
+    block: Block,
+    start: Tensor | None,
+    o: SolverOptions,
+    settings: Settings,
+    active: Tensor | None,
+    trace: Tensor | None,
+    example: Tensor,
+) -> Outcome:
+    loop = fixed_point if example.device.type == "cpu" else fixed_point_masked
+    return loop(block, start, _accelerator(o), settings, active, trace, example)
 
 
 def _new_trace(shape: torch.Size, steps: int, wanted: bool, like: Tensor) -> Tensor:
@@ -146,19 +178,23 @@ def solve_rows(
     settings = _settings(o, tolerance, example, block.shape[-1])
     trace = _new_trace(block.shape, o.max_steps, record, example)
     parts = []
-    for start, stop in _chunks(block.shape, example.device):
+    for k, chunks in _chunks(block.shape, example.device):
+        some = block.blocks(k.start, k.stop)
         parts.append(
-            fixed_point(
-                block.rows(start, stop),
-                None if init is None else init[:, start:stop].to(example.dtype),
-                _accelerator(o),
-                settings,
-                None if active is None else active[:, start:stop],
-                trace[:, start:stop] if record else None,
-                example,
-            )
+            [
+                _fixed_point(
+                    some.rows(r.start, r.stop),
+                    None if init is None else init[k, r].to(example.dtype),
+                    o,
+                    settings,
+                    None if active is None else active[k, r],
+                    trace[k, r] if record else None,
+                    example,
+                )
+                for r in chunks
+            ]
         )
-    merged = parts[0] if len(parts) == 1 else Outcome(*(torch.cat(p, 1) for p in zip(*parts)))  # noqa: B905
+    merged = _merge(parts)
     return Solution(merged.state.to(dtype), merged.status, merged.steps, merged.residual, trace)
 
 
@@ -241,10 +277,20 @@ class _LinearBlock:
     ) -> None:
         self.linear, self.gradient, self.shape = linear, gradient, gradient.shape
 
-    def __call__(self, z: Tensor | None, low: bool = False) -> Tensor:
+    def __call__(self, z: Tensor | None) -> Tensor:
         if z is None:
-            return self.gradient.clone()
-        return self.linear.vjp(z, low).add_(self.gradient)
+            return self.gradient
+        return self.linear.vjp(z).add_(self.gradient)
+
+    def anchored(self, z: Tensor) -> tuple[Tensor, Anchor]:
+        f = self(z)
+        return f, (z, f)
+
+    def near(self, z: Tensor, anchor: Anchor | None) -> Tensor:
+        if anchor is None:
+            return self.linear.vjp(z, True).add_(self.gradient)
+        z0, f0 = anchor
+        return self.linear.vjp(z - z0, True).add_(f0)
 
     def take(self, index: Tensor) -> _LinearBlock:
         return _LinearBlock(self.linear.take(index), take_rows(self.gradient, index))
@@ -262,15 +308,9 @@ def _solve_adjoint(
     scale = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
     active = active & (scale.squeeze(-1) > 0)
     unit = gradient / torch.where(scale > 0, scale, 1.0)
-    outcome = fixed_point(
-        _LinearBlock(linear, unit),
-        None,
-        _accelerator(o),
-        _settings(o, None, gradient, gradient.shape[-1]),
-        active,
-        None,
-        gradient.new_empty(0),
-    )
+    settings = _settings(o, None, gradient, gradient.shape[-1])
+    block = _LinearBlock(linear, unit)
+    outcome = _fixed_point(block, None, o, settings, active, None, gradient.new_empty(0))
     return outcome._replace(state=outcome.state * scale)
 
 
@@ -321,18 +361,22 @@ def adjoint_modality(
     parameters = ModalityParameters(*(t.to(dtype) for t in p))
     safe_x, safe_z, g = (torch.where(keep, t.to(dtype), 0.0) for t in (x, z, gradient))
     block = ModalityBlock(safe_x, parameters, cell)
-    parts, total = [], None
-    for start, stop in _chunks(x.shape, x.device):
-        linear = block.rows(start, stop).linearize(safe_z[:, start:stop].contiguous())
-        outcome = _solve_adjoint(linear, g[:, start:stop].contiguous(), o, active[:, start:stop])
-        dx, grads = linear.parameter_vjp(outcome.state)
-        total = grads if total is None else ModalityParameters(*map(torch.add, total, grads))
-        parts.append((dx, outcome))
-    assert total is not None
-    dx = torch.cat([part[0] for part in parts], 1).to(x.dtype)
-    outcome = Outcome(*(torch.cat(column, 1) for column in zip(*(part[1] for part in parts))))  # noqa: B905
-    grads = ModalityParameters(*(g.to(t.dtype) for g, t in zip(total, p, strict=True)))
-    return dx, grads, outcome
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    parts, totals = [], []
+    for k, chunks in _chunks(x.shape, x.device):
+        some, outcomes, total = block.blocks(k.start, k.stop), [], None
+        for r in chunks:
+            linear = some.rows(r.start, r.stop).linearize(safe_z[k, r].contiguous())
+            outcome = _solve_adjoint(linear, g[k, r].contiguous(), o, active[k, r])
+            dx[k, r], grads = linear.parameter_vjp(outcome.state)
+            total = grads if total is None else ModalityParameters(*map(torch.add, total, grads))
+            outcomes.append(outcome)
+        assert total is not None
+        totals.append(total)
+        parts.append(outcomes)
+    columns = (c[0] if len(c) == 1 else torch.cat(c) for c in zip(*totals))  # noqa: B905
+    grads = ModalityParameters(*(g.to(t.dtype) for g, t in zip(columns, p, strict=True)))
+    return dx, grads, _merge(parts)
 
 
 def adjoint_fusion(
@@ -368,12 +412,12 @@ def adjoint_fusion(
     wm = gate_weights(compute, cell)[1]
     parts = []
     sums: FusionParameters | None = None
-    for start, stop in _chunks(block.shape, injection.device):
-        linear = block.rows(start, stop).linearize(safe_z[None, start:stop].contiguous())
-        outcome = _solve_adjoint(linear, g[None, start:stop], o, active[:, start:stop])
+    for r in _chunks(block.shape, injection.device)[0][1]:
+        linear = block.rows(r.start, r.stop).linearize(safe_z[None, r].contiguous())
+        outcome = _solve_adjoint(linear, g[None, r], o, active[:, r])
         dc, dx, grads = linear.parameter_vjp(outcome.state)
         dm = dc @ wm
-        dwm = torch.einsum("nro,nri->oi", dc, safe_m[:, start:stop])
+        dwm = torch.einsum("nro,nri->oi", dc, safe_m[:, r])
         if cell.gate_input == "concat":
             gate_weight = torch.cat((grads.gate_weight, dwm), 1)
         else:
@@ -384,6 +428,6 @@ def adjoint_fusion(
     assert sums is not None
     dm = torch.cat([part[0] for part in parts], 1).to(modalities.dtype)
     dx = torch.cat([part[1] for part in parts], 0).to(injection.dtype)
-    outcome = Outcome(*(torch.cat(column, 1) for column in zip(*(part[2] for part in parts))))  # noqa: B905
+    outcome = _merge([[part[2] for part in parts]])
     grads = FusionParameters(*(g.to(t.dtype) for g, t in zip(sums, p, strict=True)))
     return dm, dx, grads, outcome

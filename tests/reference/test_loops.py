@@ -1,0 +1,184 @@
+"""The two loops: the one that reads flags and climbs the ladder, and the one that does neither."""
+
+import pytest
+import torch
+
+from deqfusion import Anderson, Broyden, DEQFusion, Implicit, Picard, Status
+from deqfusion.reference import host, iterate, solve
+
+DIM, COUNT = 256, 2
+
+
+def layer(dim: int = DIM, **options) -> DEQFusion:
+    torch.manual_seed(5)
+    return DEQFusion(dim, COUNT, **options)
+
+
+def equilibrium(fusion: DEQFusion, features: torch.Tensor, **options):
+    with torch.no_grad():
+        return fusion.equilibrium(features, **options)
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """The ladder, whatever this processor is good at."""
+    monkeypatch.setattr(solve, "fast_bfloat16", lambda: True)
+
+
+@pytest.fixture
+def low_products(monkeypatch, bfloat16):
+    """Rows of every product with bfloat16 inputs."""
+    counts = []
+    forward_low = solve.ModalityBlock.near
+
+    def counting(self, z, anchor):
+        counts.append(z.shape[1])
+        return forward_low(self, z, anchor)
+
+    monkeypatch.setattr(solve.ModalityBlock, "near", counting)
+    return counts
+
+
+@pytest.mark.parametrize("solver", [Anderson, Picard, Broyden], ids=lambda solver: solver.__name__)
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_loop_without_flags_gives_the_same_rows(monkeypatch, solver, skip):
+    """Also where rows are not finite, restart, or run out of steps."""
+    fusion = layer(16, skip=skip, solver=solver(tol=1e-6, max_steps=40)).double()
+    features = torch.randn(COUNT, 40, 16, dtype=torch.float64)
+    features[0, 3], features[1, 7, 2] = torch.nan, torch.inf
+    expected = equilibrium(fusion, features)
+    monkeypatch.setattr(solve, "fixed_point", iterate.fixed_point_masked)
+    got = equilibrium(fusion, features)
+    assert torch.equal(got.stats.status, expected.stats.status)
+    assert {Status.CONVERGED, Status.NON_FINITE} <= set(expected.stats.status.unique().tolist())
+    settled = expected.stats.status == Status.CONVERGED
+    assert torch.equal(got.stats.steps[settled], expected.stats.steps[settled])
+    # Of rows that do not settle, rounding decides which of many equally bad iterates is the best.
+    error = (got.state - expected.state).norm(dim=-1)[settled]
+    assert (error <= 1e-6 * expected.state.norm(dim=-1)[settled]).all()
+    assert got.state.isfinite().all()
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["blocks together", "block by block"])
+def test_rows_of_the_ladder_do_not_see_each_other(monkeypatch, low_products, together):
+    monkeypatch.setattr(solve, "CHUNK_ELEMENTS", 1 << 19 if together else 40 * DIM)
+    fusion = layer()
+    features = torch.randn(COUNT, 80, DIM)
+    features[:, ::3] *= 0.7
+    whole = equilibrium(fusion, features)
+    assert whole.stats.converged.all()
+    assert len(whole.stats.steps.unique()) > 4, "rows that end together test nothing"
+    assert low_products
+    order = torch.randperm(80)
+    for rows in (order, torch.arange(20, 40), torch.tensor([3]), torch.tensor([4])):
+        part = equilibrium(fusion, features[:, rows])
+        assert torch.equal(part.stats.steps, whole.stats.steps[:, rows])
+        error = (part.state - whole.state[:, rows]).norm(dim=-1)
+        assert (error < 1e-4 * part.state.norm(dim=-1)).all()
+
+
+def test_the_ladder_meets_the_tolerance_of_exact_products(low_products):
+    for tol in (1e-2, 1e-3, 1e-5):
+        features = torch.randn(COUNT, 30, DIM)
+        low_products.clear()
+        fusion = layer(solver=Anderson(tol=tol))
+        found = equilibrium(fusion, features)
+        assert low_products
+        assert found.stats.converged.all()
+        step = fusion.cell(found.state, features)
+        residual = (step - found.state).norm(dim=-1) / step.norm(dim=-1)
+        # The returned state is one evaluation beyond the residual that stopped it.
+        assert (residual <= tol).all()
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 6])
+def test_the_ladder_ends_with_an_exact_step(low_products, max_steps):
+    """Rows that run out of steps return an exact evaluation, not the start's."""
+    features = torch.randn(COUNT, 30, DIM)
+    residuals = []
+    for ladder in ("auto", "off"):
+        solver = Anderson(tol=1e-7, max_steps=max_steps, ladder=ladder)
+        stats = equilibrium(layer(solver=solver), features).stats
+        assert (stats.status == Status.MAX_STEPS).all()
+        assert (stats.steps == max_steps).all()
+        residuals.append(stats.residual)
+    assert bool(low_products) == (max_steps > 2)
+    torch.testing.assert_close(residuals[0], residuals[1], rtol=0.1, atol=0)
+
+
+def test_rows_that_are_not_finite_leave_the_ladder(low_products):
+    fusion = layer()
+    features = torch.randn(COUNT, 40, DIM)
+    clean = equilibrium(fusion, features)
+    spoiled = features.clone()
+    spoiled[0, 5] = torch.nan
+    found = equilibrium(fusion, spoiled)
+    others = torch.arange(40) != 5
+    assert found.stats.status[0, 5] == found.stats.status[-1, 5] == Status.NON_FINITE
+    assert torch.equal(found.stats.status[:, others], clean.stats.status[:, others])
+    assert torch.equal(found.stats.steps[:, others], clean.stats.steps[:, others])
+
+
+def test_rows_that_cannot_converge_stagnate_on_the_ladder(bfloat16):
+    """Below what fp32 resolves, patience ends every row."""
+    fusion = layer(solver=Anderson(tol=1e-9, max_steps=400))
+    stats = equilibrium(fusion, torch.randn(COUNT, 20, DIM)).stats
+    assert (stats.status == Status.STAGNATED).all()
+    assert (stats.steps < 200).all()
+    assert (stats.residual < 1e-5).all()
+
+
+def test_gradients_by_the_ladder(low_products):
+    """Within what the tolerance allows of gradients by exact products."""
+    features, direction = torch.randn(COUNT, 40, DIM), torch.randn(40, DIM)
+    grads = []
+    for ladder in ("auto", "off"):
+        solver = Anderson(tol=1e-4, ladder=ladder)
+        fusion = layer(solver=solver, adjoint=Implicit(solver))
+        inputs = features.clone().requires_grad_()
+        fusion(inputs).backward(direction)
+        grads.append((inputs.grad, fusion.modality_weight1.grad))
+    assert low_products
+    for got, expected in zip(*grads, strict=True):
+        assert (got - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_waiting_rows_keep_their_histories():
+    """Rows put aside at different steps and joined go on as they would have alone."""
+    torch.manual_seed(0)
+    dim = 12
+    maps = torch.randn(1, 24, dim, dim, dtype=torch.float64) / dim
+    offset = torch.randn(1, 24, dim, dtype=torch.float64)
+
+    def step(z, rows):
+        return torch.einsum("krij,krj->kri", maps[:, rows], z) + offset[:, rows]
+
+    def run(accelerator, z, rows, steps):
+        for _ in range(steps):
+            f = step(z, rows)
+            z = accelerator.propose(z, f, f - z)
+        return z
+
+    early, late = torch.arange(8), torch.arange(8, 24)
+    for before in (2, 7):
+        one, other = (solve.Anderson(5, None, True, 1.0) for _ in range(2))
+        z_early = run(one, torch.zeros(1, 8, dim, dtype=torch.float64), early, before)
+        z_late = run(other, torch.zeros(1, 16, dim, dtype=torch.float64), late, before + 2)
+        index = torch.arange(16).unsqueeze(0)
+        joined = one.join([(one.snapshot(), index[:, :8]), (other.snapshot(), index)])
+        both = run(joined, torch.cat((z_early, z_late), 1), torch.arange(24), 4)
+        torch.testing.assert_close(both[:, :8], run(one, z_early, early, 4), rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(both[:, 8:], run(other, z_late, late, 4), rtol=1e-8, atol=1e-9)
+
+
+def test_min_rows_is_what_the_loop_pads_to(monkeypatch):
+    seen = []
+    call = solve.ModalityBlock.__call__
+
+    def recording(self, z):
+        seen.append(self.shape[1])
+        return call(self, z)
+
+    monkeypatch.setattr(solve.ModalityBlock, "__call__", recording)
+    equilibrium(layer(16), torch.randn(COUNT, 3, 16))
+    assert set(seen) == {host.MIN_ROWS}
