@@ -105,8 +105,9 @@ class OneStep(Adjoint):
 class Unroll(Adjoint):
     """Weight-tied fusion: `steps` plain steps of the joint map, differentiated through.
 
-    No solve takes place: the layer returns the state after `steps` steps (so the solver's options
-    do not matter), its residual is that of the last step, and memory grows with `steps`.
+    No solve takes place: the layer returns the state after `steps` steps, its residual is that of
+    the last step, and memory grows with `steps`. Of the solver's options only the tolerances
+    matter: they say which rows count as CONVERGED.
 
     Args:
         steps: >= 1.

@@ -294,7 +294,9 @@ class OfficialDEQFusion(nn.Module):
         forward_solver: Anderson | Broyden
         backward_solver: Anderson | Broyden
         if solver == "anderson":
-            forward_solver = Anderson(tol, atol, max_steps=f_thres, memory=_OFFICIAL_MEMORY)
+            forward_solver = Anderson(
+                tol, atol, max_steps=f_thres, memory=_OFFICIAL_MEMORY, ladder="off"
+            )
             backward_solver = Anderson(eps, max_steps=b_thres, memory=_OFFICIAL_MEMORY)
         else:
             forward_solver = Broyden(tol, atol, max_steps=f_thres)

@@ -120,5 +120,7 @@ def _arnoldi_radius(
         if k + 1 < steps:
             hessenberg[..., k + 1, k] = torch.where(usable, norm, 0.0).squeeze(-1)
         basis.append(torch.where(usable, w / torch.where(usable, norm, 1.0), 0.0))
-    values = torch.linalg.eigvals(hessenberg.cpu().to(torch.float64))
-    return values.abs().amax(-1).to(like)
+    known = hessenberg.isfinite().flatten(2).all(-1)
+    matrix = torch.where(known[..., None, None], hessenberg, 0.0)
+    radius = torch.linalg.eigvals(matrix.cpu().to(torch.float64)).abs().amax(-1).to(like)
+    return torch.where(known, radius, torch.nan)

@@ -19,6 +19,7 @@ import deqfusion.ops  # noqa: F401  registers the operators
 from deqfusion.adjoint import Adjoint, Implicit
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.solvers import Anderson, Solver
+from deqfusion.validation import cell_options
 
 __all__ = [
     "BlockSolution",
@@ -223,6 +224,7 @@ def modality_equilibrium(
 
     Source: arXiv 2306.16645, equations 3 to 5; gradients by the implicit function theorem.
     """
+    cell_options(cell, x.shape[-1])
     state, *rest = _ModalityEquilibrium.apply(
         x, init, present, tolerance, trace, adjoint.encoded, *parameters, *cell,
         solver.encoded,
@@ -260,6 +262,7 @@ def fusion_equilibrium(
 
     Source: arXiv 2306.16645, equations 6 and 7.
     """
+    cell_options(cell, injection.shape[-1])
     state, *rest = _FusionEquilibrium.apply(
         modalities, injection, init, gate_mask, fusion_mask, tolerance, trace,
         adjoint.encoded, *parameters, *cell, solver.encoded,
@@ -291,6 +294,7 @@ def joint_equilibrium(
         `BlockSolution` with state (N+1, R, d); the statistics, those of the whole state, are
         repeated for every block.
     """
+    cell_options(cell, x.shape[-1])
     state, *rest = _JointEquilibrium.apply(
         x, injection, init, present, gate_mask, fusion_mask, tolerance, trace,
         adjoint.encoded, *modality_parameters, *fusion_parameters, *cell,
@@ -321,6 +325,7 @@ def modality_adjoint(
     Returns:
         (dL/dx (N, R, d), gradients of the parameters, statistics (N, R) each).
     """
+    cell_options(cell, x.shape[-1])
     if status is None:
         status = torch.zeros(z.shape[:2], dtype=torch.int32, device=z.device)
     dx, *rest = torch.ops.deqfusion.modality_adjoint(
@@ -353,6 +358,7 @@ def fusion_adjoint(
     Returns:
         (dL/dz_i (N, R, d), dL/dx_f (R, d), gradients of the parameters, statistics (R,) each).
     """
+    cell_options(cell, injection.shape[-1])
     if status is None:
         status = torch.zeros(z.shape[:1], dtype=torch.int32, device=z.device)
     dm, dx, *rest = torch.ops.deqfusion.fusion_adjoint(

@@ -70,19 +70,14 @@ class DEQFusion(nn.Module):
         super().__init__()
         check.count("dim", dim, minimum=1)
         check.count("num_modalities", num_modalities, minimum=1)
-        check.count("num_groups", num_groups, minimum=1)
-        if dim % num_groups:
-            raise ValueError(f"num_groups: got {num_groups}, expected a divisor of dim = {dim}")
-        check.choice("gate", gate, ("sigmoid", "identity"))
-        check.choice("gate_input", gate_input, ("sum", "concat"))
-        check.boolean("skip", skip)
-        check.choice("tail", tail, ("relu_norm", "norm_relu"))
+        options = CellOptions(num_groups, gate, gate_input, skip, tail)
+        check.cell_options(options, dim)
         check.probability("dropout", dropout)
         check.instance("solver", solver, Solver)
         check.instance("adjoint", adjoint, Adjoint)
         check.boolean("joint", joint)
         self.dim, self.num_modalities = dim, num_modalities
-        self.options = CellOptions(num_groups, gate, gate_input, skip, tail)
+        self.options = options
         self.dropout, self.solver, self.adjoint, self.joint = dropout, solver, adjoint, joint
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -220,11 +215,12 @@ class DEQFusion(nn.Module):
         """
         rows = self._rows(features, mask, injection)
         check.state(state, self.num_modalities, rows.leading, self.dim, "state")
-        out = equations.joint_cell(
-            state.reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype), rows.x,
-            rows.injection, self.modality_parameters, self.fusion_parameters, self.options,
-            rows.gate_mask,
-        )  # fmt: skip
+        with torch.autocast(rows.x.device.type, enabled=False):
+            out = equations.joint_cell(
+                state.reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype), rows.x,
+                rows.injection, self.modality_parameters, self.fusion_parameters, self.options,
+                rows.gate_mask,
+            )  # fmt: skip
         if rows.present is not None:
             out = _clear_absent(out, rows.present)
         return out.reshape(state.shape)
@@ -248,11 +244,12 @@ class DEQFusion(nn.Module):
         """
         check.count("probes", probes, minimum=1)
         rows = self._rows(features, mask, injection)
-        return regularization.jacobian_penalty(
-            eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype),
-            rows.x, rows.injection, self.modality_parameters, self.fusion_parameters, self.options,
-            rows.gate_mask, rows.present, probes,
-        )  # fmt: skip
+        with torch.autocast(rows.x.device.type, enabled=False):
+            return regularization.jacobian_penalty(
+                eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype),
+                rows.x, rows.injection, self.modality_parameters, self.fusion_parameters,
+                self.options, rows.gate_mask, rows.present, probes,
+            )  # fmt: skip
 
     def spectral_radius(
         self, eq: Equilibrium, features: Features, steps: int = 50, mask: Tensor | None = None,
@@ -265,10 +262,11 @@ class DEQFusion(nn.Module):
         check.count("steps", steps, minimum=1)
         rows = self._rows(features, mask, injection)
         state = eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim)
-        return diagnostics.spectral_radius(
-            state.to(rows.x.dtype), rows.x, rows.injection, self.modality_parameters,
-            self.fusion_parameters, self.options, rows.gate_mask, rows.present, steps,
-        ).reshape(rows.leading)  # fmt: skip
+        with torch.autocast(rows.x.device.type, enabled=False):
+            return diagnostics.spectral_radius(
+                state.to(rows.x.dtype), rows.x, rows.injection, self.modality_parameters,
+                self.fusion_parameters, self.options, rows.gate_mask, rows.present, steps,
+            ).reshape(rows.leading)  # fmt: skip
 
     def modality_weights(self, eq: Equilibrium, mask: Tensor | None = None) -> Tensor:
         """How much each modality's gate opens: mean |a_i| over channels, normalised to sum 1.
@@ -313,6 +311,8 @@ class DEQFusion(nn.Module):
         if injection is None:
             x_f = functional.inject(x, self.injection_weight, self.injection_bias)
         else:
+            check.floating("injection", injection)
+            check.same_device("injection", injection, x.device, "the features")
             if tuple(injection.shape) != (*leading, self.dim):
                 raise ValueError(
                     f"injection: got shape {tuple(injection.shape)}, expected "
@@ -384,13 +384,20 @@ class DEQFusion(nn.Module):
     ) -> tuple[Tensor, SolveStats]:  # fmt: skip
         """K differentiable steps of the joint map; the statistics are those of the last step."""
         assert isinstance(self.adjoint, Unroll)
-        x = rows.x
+        # As in the solves, rows that are not finite get state 0 and pass no gradient on.
+        unknown = ~rows.x.isfinite().all(-1)
+        unknown_fused = unknown.any(0) | ~rows.injection.isfinite().all(-1)
+        x = torch.where(unknown.unsqueeze(-1), 0.0, rows.x)
+        injection = torch.where(unknown_fused.unsqueeze(-1), 0.0, rows.injection)
+        unknown = torch.cat((unknown, unknown_fused.unsqueeze(0)))
         state = x.new_zeros(self.num_modalities + 1, *x.shape[1:]) if start is None else start
+        unknown = unknown | ~state.isfinite().all(-1)
+        state = torch.where(unknown.unsqueeze(-1), 0.0, state)
         norms = []
         with torch.autocast(x.device.type, enabled=False):
             for _ in range(self.adjoint.steps):
                 new = equations.joint_cell(
-                    state, x, rows.injection, self.modality_parameters, self.fusion_parameters,
+                    state, x, injection, self.modality_parameters, self.fusion_parameters,
                     self.options, gate_mask, fusion_mask,
                 )  # fmt: skip
                 if rows.present is not None:
@@ -400,9 +407,12 @@ class DEQFusion(nn.Module):
                 state = new
         change, size = norms[-1].unbind(-1)
         residual = torch.where(change == 0, 0.0, change / size).float()
+        residual = torch.where(unknown, torch.inf, residual)
+        state = torch.where(unknown.unsqueeze(-1), 0.0, state)
         met = change <= self.solver.atol + self.solver.final_tol * size
         status = torch.where(met, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(residual.isfinite(), status, int(Status.NON_FINITE)).int()
+        known = ~unknown & change.isfinite() & size.isfinite()
+        status = torch.where(known, status, int(Status.NON_FINITE)).int()
         steps = torch.full_like(status, self.adjoint.steps)
         recorded = torch.stack(norms, 2).float()
         return state, _stats((status, steps, residual, recorded), trace)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqfusion.reference import joint, solve
+from deqfusion.reference import adjoint, joint, solve
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.reference.solve import SolverOptions
 
@@ -94,7 +94,7 @@ def _modality_adjoint(
     gradient: Tensor, z: Tensor, status: Tensor, x: Tensor, present: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     p, c, s, _ = _split(rest, _M, _C, _S)
-    dx, grads, outcome = solve.adjoint_modality(
+    dx, grads, outcome = adjoint.adjoint_modality(
         gradient,
         z,
         status,
@@ -124,7 +124,7 @@ def _fusion_adjoint(
     gate_mask: Tensor | None, fusion_mask: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p, c, s, _ = _split(rest, _F, _C, _S)
-    dm, dx, grads, outcome = solve.adjoint_fusion(
+    dm, dx, grads, outcome = adjoint.adjoint_fusion(
         gradient, z, status, modalities, injection, gate_mask, fusion_mask, FusionParameters(*p),
         CellOptions(*c), SolverOptions.decode(*s),
     )  # fmt: skip
@@ -228,7 +228,8 @@ def _register() -> None:
 def _checked(reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         backend()
-        with torch.no_grad():
+        # The first argument of every operator is a tensor. Autocast would reach into the solve.
+        with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
             return reference(*args)
 
     return run

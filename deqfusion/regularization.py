@@ -39,10 +39,12 @@ def jacobian_penalty(
 
     Returns:
         (), differentiable with respect to x, injection and the parameters. NaN-free: rows whose
-        features are not finite count as 0. An empty batch gives 0.
+        state or features are not finite count as 0. An empty batch gives 0.
     """
     finite = x.isfinite().all(-1).all(0) & injection.isfinite().all(-1)
-    x, injection = (torch.where(finite.unsqueeze(-1), t, 0.0) for t in (x, injection))
+    finite = finite & state.isfinite().all(-1).all(0)
+    rows = finite.unsqueeze(-1)
+    state, x, injection = (torch.where(rows, t, 0.0) for t in (state, x, injection))
     total = state.new_zeros(())
     for _ in range(probes):
         v = torch.randn_like(state)

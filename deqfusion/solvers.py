@@ -66,7 +66,8 @@ class Solver:
 
     Args:
         tol: relative tolerance on the residual, > 0: a float, or a `ToleranceSchedule`.
-        atol: absolute tolerance added to it, >= 0, in units of the state's 2-norm.
+        atol: absolute tolerance added to it, >= 0, in units of the state's 2-norm (of a backward
+            solve, in units of the 2-norm of the row's incoming gradient).
         max_steps: evaluations of the map at most, >= 1.
 
     Raises:
@@ -117,11 +118,12 @@ class Anderson(Solver):
         memory: evaluations mixed; 0 is plain iteration. (The Triton programs take 0 to 8.)
         ridge: regularisation of the Gram matrix, >= 0; None chooses by dtype.
         ridge_mode: "relative" (times the mean diagonal) or "absolute" (parity with the authors'
-            solver: the ridge is added as it is, and rows never restart).
+            solver: the ridge is added as it is, and only a row that is not finite restarts).
         mixing: beta in (0, 1].
         ladder: "auto" runs the steps far from the tolerance with bfloat16 products where the
-            processor has fast ones; the last steps, the residual that stops a row and the returned
-            state are in the features' precision. "off" uses the features' precision throughout.
+            processor has fast ones and the layer is at least 256 wide; the last steps, the residual
+            that stops a row and the returned state are in the features' precision. "off" uses the
+            features' precision throughout, which below some 50 rows is the faster.
     """
 
     memory: int = 5
@@ -151,6 +153,8 @@ class Anderson(Solver):
 @dataclass(frozen=True)
 class Picard(Solver):
     """Damped plain iteration z <- z + damping * (f(z) - z); undamped, the paper's weight-tied one.
+
+    A residual that rises tenfold sends the row back to its best iterate, three times at most.
 
     Args:
         tol, atol, max_steps: as in `Solver`.

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqfusion.reference.cell import CellOptions
+
 __all__ = [
     "boolean",
+    "cell_options",
     "choice",
     "count",
+    "floating",
     "fraction",
     "instance",
     "mask",
@@ -73,6 +77,17 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """One of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def cell_options(options: CellOptions, dim: int) -> None:
+    """Options that name equations, for width `dim`."""
+    count("num_groups", options.num_groups, minimum=1)
+    if dim % options.num_groups:
+        raise ValueError(f"num_groups: got {options.num_groups}, expected a divisor of dim = {dim}")
+    choice("gate", options.gate, ("sigmoid", "identity"))
+    choice("gate_input", options.gate_input, ("sum", "concat"))
+    boolean("skip", options.skip)
+    choice("tail", options.tail, ("relu_norm", "norm_relu"))
 
 
 def instance(name: str, value: Any, kind: type) -> None:
@@ -137,6 +152,13 @@ def stack_features(features: Sequence[Tensor] | Tensor, modalities: int, dim: in
                 "features[0]"
             )
     return features if isinstance(features, Tensor) else torch.stack(tuple(parts))
+
+
+def floating(name: str, value: Any) -> None:
+    """A floating-point tensor."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: got {got}, expected a floating-point tensor")
 
 
 def same_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from deqfusion import Anderson, Broyden, DEQFusion, Implicit, Phantom, Picard, Status, Unroll
+from deqfusion import (
+    Anderson,
+    Broyden,
+    DEQFusion,
+    Implicit,
+    Phantom,
+    Picard,
+    Status,
+    Unroll,
+    functional,
+)
 from deqfusion.solution import ConvergenceError
 
 DIM, COUNT, BATCH = 16, 2, 6
@@ -332,3 +342,45 @@ def test_nothing_is_printed_or_logged(fusion, capfd, caplog):
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
     assert not caplog.records
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Unroll(3)], ids=["implicit", "unroll"])
+def test_gradients_beside_a_row_that_is_not_finite(adjoint):
+    """Its state and gradient are 0, the parameters' gradients those of the other rows alone."""
+    torch.manual_seed(0)
+    fusion = DEQFusion(16, 2, adjoint=adjoint)
+    features = torch.randn(2, 6, 16)
+    features[0, 3] = torch.nan
+    others = torch.arange(6) != 3
+    grads = []
+    for rows in (torch.arange(6), others.nonzero().squeeze(1)):
+        fusion.zero_grad()
+        inputs = features[:, rows].clone().requires_grad_()
+        eq = fusion.equilibrium(inputs)
+        kept = others[rows]
+        loss = eq.fused[kept].square().sum() + fusion.jacobian_penalty(eq, inputs) * 0
+        loss.backward()
+        assert inputs.grad[:, ~kept].eq(0).all()
+        assert eq.fused[~kept].eq(0).all()
+        assert (eq.stats.status[-1][~kept] == Status.NON_FINITE).all()
+        grads.append([parameter.grad for parameter in fusion.parameters()])
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("field", ["gate", "gate_input", "tail"])
+def test_functions_refuse_unknown_options(field):
+    fusion = DEQFusion(16, 2)
+    cell = fusion.options._replace(**{field: "Identity"})
+    x = torch.randn(2, 3, 16)
+    with pytest.raises(ValueError, match=f"{field}: got 'Identity', expected one of"):
+        functional.modality_equilibrium(x, fusion.modality_parameters, cell=cell)
+    with pytest.raises(ValueError, match=f"{field}: got 'Identity', expected one of"):
+        functional.fusion_equilibrium(x, x[0], fusion.fusion_parameters, cell=cell)
+
+
+@pytest.mark.parametrize("injection", [torch.zeros(3, 16, dtype=torch.long), [0.0]])
+def test_injection_of_another_type(injection):
+    fusion = DEQFusion(16, 2)
+    with pytest.raises(TypeError, match=r"injection: got .*, expected a floating-point tensor"):
+        fusion.equilibrium(torch.randn(2, 3, 16), injection=injection)

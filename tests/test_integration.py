@@ -255,9 +255,17 @@ def test_autocast():
     assert stats.residual.dtype == torch.float32
     assert (got.float() - expected).norm() < 0.05 * expected.norm()
     got.float().square().sum().backward()
+    outside = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # Autocast must not reach into the solves, their adjoints, or the penalty.
+        model(inputs).float().square().sum().backward()
+        state = model.fusion.equilibrium(features).state
+        assert model.fusion.cell(state, features).dtype == torch.float32
     for name, parameter in model.named_parameters():
-        assert parameter.grad.dtype == torch.float32
-        assert parameter.grad.isfinite().all(), name
+        assert outside[name].dtype == torch.float32
+        assert outside[name].isfinite().all(), name
+        assert (parameter.grad - outside[name]).norm() <= 0.02 * outside[name].norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

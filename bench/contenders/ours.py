@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deqfusion import Anderson, DEQFusion, Implicit
-from deqfusion.reference import solve
+from deqfusion.reference import adjoint as adjoints
 
 from ..problem import NUM_GROUPS, Problem
 from .base import Answer, Contender
@@ -73,14 +73,14 @@ class Ours(Contender):
         found: dict[str, Any] = {}
 
         def recording(block: str) -> Any:
-            adjoint = getattr(solve, f"adjoint_{block}")
+            adjoint = getattr(adjoints, f"adjoint_{block}")
 
             def run(*args: Any) -> Any:
                 result = adjoint(*args)
                 found[block] = args[0], result[-1]
                 return result
 
-            return mock.patch.object(solve, f"adjoint_{block}", run)
+            return mock.patch.object(adjoints, f"adjoint_{block}", run)
 
         with recording("modality"), recording("fusion"):
             self.forward_backward()

@@ -89,10 +89,10 @@ class Anderson:
     def __init__(self, memory: int, ridge: float | None, relative: bool, mixing: float) -> None:
         self.memory, self.ridge, self.relative, self.mixing = memory, ridge, relative, mixing
         # Entry j of the lists, of the Gram matrix (K, R, m, m) and of `valid` (K, R, m) are the
-        # same evaluation; the newest overwrites the oldest. `valid` None: all entries are.
+        # same evaluation, the oldest first: sums then run in the same order whatever rows were
+        # joined. `valid` None: all entries are.
         self.f: list[Tensor] = []
         self.g: list[Tensor] = []
-        self.newest = -1
         self.gram: Tensor | None = None
         self.valid: Tensor | None = None
 
@@ -100,18 +100,19 @@ class Anderson:
         """The mixed iterate."""
         if self.gram is None:
             self.gram = f.new_zeros(*f.shape[:2], self.memory, self.memory)
-        self.newest = slot = (self.newest + 1) % self.memory
-        if slot == len(self.f):
-            self.f.append(f)
-            self.g.append(g)
-        else:
-            self.f[slot], self.g[slot] = f, g
-        if self.valid is not None:
-            self.valid[..., slot] = True
+        if len(self.f) == self.memory:
+            del self.f[0], self.g[0]
+            self.gram[..., :-1, :-1] = self.gram[..., 1:, 1:].clone()
+            if self.valid is not None:
+                self.valid[..., :-1] = self.valid[..., 1:].clone()
+        self.f.append(f)
+        self.g.append(g)
         n = len(self.g)
+        if self.valid is not None:
+            self.valid[..., n - 1] = True
         dots = torch.stack([torch.linalg.vecdot(other, g) for other in self.g], -1)
-        self.gram[..., slot, :n] = dots
-        self.gram[..., :n, slot] = dots
+        self.gram[..., n - 1, :n] = dots
+        self.gram[..., :n, n - 1] = dots
         if n == 1:
             return f if self.mixing == 1.0 else f.add(g, alpha=self.mixing - 1.0)
         weights = self.weights().unsqueeze(2).unbind(-1)
@@ -133,10 +134,13 @@ class Anderson:
             gram.masked_fill_(~(valid.unsqueeze(-1) & valid.unsqueeze(-2)), 0.0)
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         ridge = DEFAULT_RIDGE[gram.dtype] if self.ridge is None else self.ridge
-        if self.relative:
+        if not self.relative:
+            diagonal += ridge
+        elif valid is None:
             diagonal += diagonal.mean(-1, keepdim=True) * ridge
         else:
-            diagonal += ridge
+            count = valid.sum(-1, keepdim=True).clamp_min(1)
+            diagonal += diagonal.sum(-1, keepdim=True) / count * ridge
         ones = gram.new_ones(*gram.shape[:-1], 1)
         if valid is not None:
             # A forgotten entry is decoupled: diagonal 1, right-hand side 0.
@@ -146,7 +150,7 @@ class Anderson:
         a /= a.sum(-1, keepdim=True)
         if gram.device.type != "cpu" or not bool(a.sum().isfinite()):
             plain = torch.zeros_like(a)
-            plain[..., self.newest] = 1.0
+            plain[..., -1] = 1.0
             a = torch.where(a.isfinite().all(-1, keepdim=True), a, plain)
         return a
 
@@ -181,14 +185,13 @@ class Anderson:
         return other
 
     def join(self, parts: list[tuple[Accelerator, Tensor]]) -> Anderson:
-        """The histories of the rows index (K, S) of each part, side by side, oldest first."""
+        """The histories of the rows index (K, S) of each part, side by side."""
         histories = [(part, index) for part, index in parts if isinstance(part, Anderson)]
         n = max(len(part.f) for part, _ in histories)
         aged = [part._aged(index, n) for part, index in histories]
         joined = Anderson(self.memory, self.ridge, self.relative, self.mixing)
         joined.f = [torch.cat(column, 1) for column in zip(*(a[0] for a in aged), strict=True)]
         joined.g = [torch.cat(column, 1) for column in zip(*(a[1] for a in aged), strict=True)]
-        joined.newest = n - 1
         joined.gram = joined.f[0].new_zeros(*joined.f[0].shape[:2], self.memory, self.memory)
         joined.gram[..., :n, :n] = torch.cat([a[2] for a in aged], 1)
         if any(part.valid is not None or len(part.f) < n for part, _ in histories):
@@ -197,18 +200,17 @@ class Anderson:
         return joined
 
     def _aged(self, index: Tensor, n: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """f, g, Gram matrix and validity of rows, n entries, oldest first, filled with zeros."""
+        """f, g, Gram matrix and validity of rows, n entries, filled with zeros at the old end."""
         assert self.gram is not None
         have = len(self.f)
-        order = [(self.newest + 1 + j) % have for j in range(have)]
         empty = [torch.zeros_like(take_rows(self.f[0], index))] * (n - have)
-        f = empty + [take_rows(self.f[j], index) for j in order]
-        g = empty + [take_rows(self.g[j], index) for j in order]
+        f = empty + [take_rows(entry, index) for entry in self.f]
+        g = empty + [take_rows(entry, index) for entry in self.g]
         small = take_rows(self.gram.flatten(2), index).unflatten(-1, (self.memory, -1))
         gram = small.new_zeros(*small.shape[:2], n, n)
-        gram[..., n - have :, n - have :] = small[..., order, :][..., order]
+        gram[..., n - have :, n - have :] = small[..., :have, :have]
         valid = torch.zeros_like(gram[..., 0], dtype=torch.bool)
-        given = True if self.valid is None else take_rows(self.valid, index)[..., order]
+        given = True if self.valid is None else take_rows(self.valid, index)[..., :have]
         valid[..., n - have :] = given
         return f, g, gram, valid
 

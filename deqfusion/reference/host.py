@@ -6,18 +6,18 @@ rows that ended leave the work once a quarter of them has (compaction).
 
 Precision ladder: a row's evaluations are exact (in the precision of the features) or near (with
 bfloat16 products of differences from the row's last exact one, its anchor; see `LadderBlock`). The
-first is exact, and from zeros costs no product at all. Then they are near until the residual
+first is exact, and from zeros costs no product of all rows. Then they are near until the residual
 
 - has fallen to `FLOOR` times that at the anchor, where rounding begins to count: the next is exact
   and the new anchor;
 - is within `REACH` of the tolerance, so that the next is likely to meet it;
-- stalls, or is not finite; or the next step is the last.
+- stalls, or is not finite, or the last exact step gained nothing; or the next step is the last.
 
 Only exact evaluations end a row or become its best iterate. Rows that come to an exact evaluation
 wait, each at its own step, until no row is left to be evaluated near, and take it together:
 products of both kinds are then as large as they can be. Every choice is made row by row, and
-products are never run on fewer than `MIN_ROWS` rows (below, libraries change their order of
-summation), so that a row's answer does not depend on the batch.
+work is never cut to fewer than `MIN_ROWS` rows (below, libraries change their order of summation;
+a batch of fewer is filled up by the caller), so that a row's answer does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ Array = np.ndarray[Any, Any]
 
 MIN_ROWS = 16
 COMPACT_BELOW = 0.75
+KEEP_FROM = 0.25
 FLOOR = 1e-2
 REACH = 2.5
 STALL = 2
@@ -115,18 +116,10 @@ class _Loop:
         self.rtol = float(settings.rtol)
         self.trace = None if trace is None else trace.numpy()
         blocks, count = outcome.status.shape
-        size = max(count, MIN_ROWS)
-        origin = np.arange(size).clip(max=count - 1)
-        self.figures = np.zeros((len(self.FIGURES), blocks, size))
+        self.figures = np.zeros((len(self.FIGURES), blocks, count))
         self.figures[self.FIGURES.index("best")] = np.inf
-        self.figures[self.FIGURES.index("origin")] = origin
-        self.running = np.tile(np.arange(size) < count, (blocks, 1))
-        if active is not None:
-            self.running &= active.numpy()[:, origin]
-        if count < MIN_ROWS:
-            index = torch.from_numpy(origin).expand(blocks, -1)
-            self.block = block.take(index)
-            self.z = None if start is None else take_rows(start, index)
+        self.figures[self.FIGURES.index("origin")] = np.arange(count)
+        self.running = np.ones((blocks, count), bool) if active is None else active.numpy().copy()
         self.best_f: Tensor | None = None
         self.best_g: Tensor | None = None
         self.exact = True
@@ -151,20 +144,23 @@ class _Loop:
         gn = torch.linalg.vector_norm(self.g, dim=-1).numpy()
         fn = torch.linalg.vector_norm(self.f, dim=-1).numpy()
         # What is not running keeps figures that no rule looks at.
-        relative = gn / np.maximum(fn, np.finfo(fn.dtype).tiny)
+        limits = np.finfo(fn.dtype)
+        relative = np.minimum(gn / np.maximum(fn, limits.tiny), limits.max)
         goal = self.settings.atol + self.rtol * fn
         self.figure("step")[:] += 1
         if self.trace is not None:
             k, s = self.running.nonzero()
             at = self.figure("origin")[k, s].astype(int), self.figure("step")[k, s].astype(int) - 1
             self.trace[k, at[0], at[1], 0], self.trace[k, at[0], at[1], 1] = gn[k, s], fn[k, s]
-        finite = np.isfinite(relative)
+        finite = np.isfinite(gn) & np.isfinite(fn)
         self.judge(relative, gn <= goal, finite)
         if not self.running.any():
             return
-        next_exact = self.choose_precision(relative, gn <= REACH * goal, finite)
-        rising = finite & (relative > RISE * self.figure("best"))
-        lost = self.running & (~finite | (rising if self.settings.restart else False))
+        lost = self.running & ~finite
+        if self.settings.restart:
+            lost |= self.running & (relative > RISE * self.figure("best"))
+        # A row sent back to its best iterate leaves its anchor, and what fell since, behind.
+        next_exact = lost | self.choose_precision(relative, gn <= REACH * goal, finite)
         if self.running.mean() < COMPACT_BELOW:
             index = self.compact()
             next_exact, lost = (np.take_along_axis(x, index, 1) for x in (next_exact, lost))
@@ -188,11 +184,11 @@ class _Loop:
         if not self.exact:
             return
         running, step, best = self.running, self.figure("step"), self.figure("best")
-        improved = running & (relative < best)
+        met = met & finite
+        improved = running & finite & (met | (relative < best))
         self.keep_best(improved)
         best[improved] = relative[improved]
         self.figure("improved_at")[improved] = step[improved]
-        met = met & finite
         stagnant = step - self.figure("improved_at") >= PATIENCE
         hopeless = ~finite & ((self.figure("restarts") >= MAX_RESTARTS) | np.isinf(best))
         ended = running & (met | stagnant | hopeless | (step >= self.settings.max_steps))
@@ -236,6 +232,8 @@ class _Loop:
             return self.running
         step, at_anchor, least = (self.figure(name) for name in ("step", "at_anchor", "least"))
         fell_at = self.figure("fell_at")
+        # An exact step that gained nothing is followed by exact ones until one does.
+        exact = self.exact & (relative > self.figure("best"))
         if self.exact:
             at_anchor[:] = relative
             least[:] = np.inf
@@ -243,7 +241,7 @@ class _Loop:
         least[fell] = relative[fell]
         fell_at[fell] = step[fell]
         stalled = step - fell_at >= STALL
-        exact = reached | stalled | ~finite | (relative <= FLOOR * at_anchor)
+        exact |= reached | stalled | ~finite | (relative <= FLOOR * at_anchor)
         exact |= step + 1 >= self.settings.max_steps
         return exact
 
@@ -254,6 +252,8 @@ class _Loop:
         """
         restarts = self.figure("restarts")
         lost = lost & (restarts < MAX_RESTARTS)
+        if not lost.any():
+            return
         restarts[lost] += 1
         assert self.z is not None
         assert self.best_f is not None
@@ -281,22 +281,21 @@ class _Loop:
             self.exact = True
 
     def wait(self, rows: Array) -> None:
-        """Puts rows aside; what they are selected from is kept as it is, so nothing is copied."""
+        """Puts rows aside: many by keeping what they are selected from, few by copying them."""
         assert self.z is not None
         assert self.best_f is not None
         assert self.best_g is not None
         index = np.argsort(~rows, axis=1, kind="stable")[:, : rows.sum(1).max()]
-        self.waiting.append(
-            _Waiting(
-                torch.from_numpy(index),
-                np.take_along_axis(rows, index, 1),
-                np.take_along_axis(self.figures, index[None], 2),
-                self.z,
-                self.best_f,
-                self.best_g,
-                self.accelerator.snapshot(),
-            )
-        )
+        numbers, history = torch.from_numpy(index), self.accelerator.snapshot()
+        tensors = self.z, self.best_f, self.best_g
+        if index.shape[1] < KEEP_FROM * rows.shape[1]:
+            tensors = (take_rows(tensors[0], numbers), take_rows(tensors[1], numbers),
+                       take_rows(tensors[2], numbers))  # fmt: skip
+            history.take(numbers)
+            numbers = torch.arange(index.shape[1]).expand(len(index), -1)
+        chosen = np.take_along_axis(rows, index, 1)
+        figures = np.take_along_axis(self.figures, index[None], 2)
+        self.waiting.append(_Waiting(numbers, chosen, figures, *tensors, history))
 
     def load(self) -> bool:
         """Takes all rows that wait into work, for an exact evaluation; False if there are none."""
@@ -333,7 +332,8 @@ class _Loop:
             The numbers (K, S) of the rows kept.
         """
         left = max(int(self.running.sum(1).max()), MIN_ROWS)
-        if left == self.running.shape[1]:
+        if left >= self.running.shape[1]:
+            left = self.running.shape[1]
             return np.tile(np.arange(left), (len(self.running), 1))
         kept = np.argsort(~self.running, axis=1, kind="stable")[:, :left]
         index = torch.from_numpy(kept)

@@ -101,8 +101,9 @@ def new_outcome(
 
 
 def relative_residual(gn: Tensor, fn: Tensor) -> Tensor:
-    """||g|| / ||f||; 0 where both are 0."""
-    return gn / fn.clamp_min(torch.finfo(fn.dtype).tiny)
+    """||g|| / ||f||; 0 where both are 0, the largest finite number where f alone is."""
+    limits = torch.finfo(fn.dtype)
+    return (gn / fn.clamp_min(limits.tiny)).clamp_max(limits.max)
 
 
 def damped(best_f: Tensor, best_g: Tensor, restarts: Tensor) -> Tensor:
@@ -147,15 +148,15 @@ def fixed_point_masked(
         g = f if z is None else f - z
         gn, fn = torch.linalg.vector_norm(g, dim=-1), torch.linalg.vector_norm(f, dim=-1)
         relative = relative_residual(gn, fn)
-        finite = relative.isfinite()
+        finite = gn.isfinite() & fn.isfinite()
         if trace is not None:
             _write(trace[:, :, step], running, torch.stack((gn, fn), -1))
-        improved = running & finite & (relative < best)
+        met = running & finite & (gn <= settings.atol + settings.rtol * fn)
+        improved = met | running & finite & (relative < best)
         best_f = torch.where(improved.unsqueeze(-1), f, best_f)
         best_g = torch.where(improved.unsqueeze(-1), g, best_g)
         best = torch.where(improved, relative, best)
         improved_at = torch.where(improved, step, improved_at)
-        met = running & finite & (gn <= settings.atol + settings.rtol * fn)
         hopeless = running & ~finite & ((restarts >= MAX_RESTARTS) | best.isinf())
         stagnant = running & (step - improved_at >= PATIENCE)
         last = step + 1 == settings.max_steps

@@ -1,4 +1,4 @@
-"""Matrix products of a block, in two precisions, and rows taken from and put into tensors."""
+"""Matrix products of a block, in two precisions, and rows taken from tensors."""
 
 from __future__ import annotations
 
@@ -24,10 +24,6 @@ class Weight:
             self._low = self.weight.to(torch.bfloat16)
         return self._low
 
-    def blocks(self, start: int, stop: int) -> Weight:
-        """The weights of the blocks start to stop."""
-        return Weight(self.weight[start:stop])
-
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x W^T + add: (K, R, in) and (K, R or 1, out) -> (K, R, out), in the dtype of x."""
         if add is None:
@@ -51,18 +47,6 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
         return x.index_select(1, index[0])
     flat = _flat(index, x.shape[1])
     return x.reshape(-1, x.shape[-1]).index_select(0, flat).reshape(*index.shape, x.shape[-1])
-
-
-def put_rows(target: Tensor, index: Tensor, chosen: Tensor | None, values: Tensor) -> None:
-    """target[k, index[k, s]] = values[k, s] where chosen[k, s] (K, S), or everywhere for None.
-
-    target (K, R, d), contiguous; values (K, S, d).
-    """
-    flat, source = _flat(index, target.shape[1]), values.flatten(0, 1)
-    if chosen is not None:
-        rows = chosen.flatten().nonzero().squeeze(1)
-        flat, source = flat.index_select(0, rows), source.index_select(0, rows)
-    target.flatten(0, 1).index_copy_(0, flat, source)
 
 
 def _flat(index: Tensor, rows: int) -> Tensor:

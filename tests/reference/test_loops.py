@@ -1,10 +1,12 @@
 """The two loops: the one that reads flags and climbs the ladder, and the one that does neither."""
 
+import itertools
+
 import pytest
 import torch
 
 from deqfusion import Anderson, Broyden, DEQFusion, Implicit, Picard, Status
-from deqfusion.reference import host, iterate, solve
+from deqfusion.reference import adjoint, host, iterate, solve
 
 DIM, COUNT = 256, 2
 
@@ -27,16 +29,21 @@ def bfloat16(monkeypatch):
 
 @pytest.fixture
 def low_products(monkeypatch, bfloat16):
-    """Rows of every product with bfloat16 inputs."""
-    counts = []
-    forward_low = solve.ModalityBlock.near
+    """Names of the blocks evaluated with bfloat16 products, in order."""
+    names = []
 
-    def counting(self, z, anchor):
-        counts.append(z.shape[1])
-        return forward_low(self, z, anchor)
+    def count(kind):
+        near = kind.near
 
-    monkeypatch.setattr(solve.ModalityBlock, "near", counting)
-    return counts
+        def counting(self, z, anchor):
+            names.append(kind.__name__)
+            return near(self, z, anchor)
+
+        monkeypatch.setattr(kind, "near", counting)
+
+    for kind in (solve.ModalityBlock, solve.FusionBlock, adjoint._LinearBlock):
+        count(kind)
+    return names
 
 
 @pytest.mark.parametrize("solver", [Anderson, Picard, Broyden], ids=lambda solver: solver.__name__)
@@ -138,7 +145,7 @@ def test_gradients_by_the_ladder(low_products):
         inputs = features.clone().requires_grad_()
         fusion(inputs).backward(direction)
         grads.append((inputs.grad, fusion.modality_weight1.grad))
-    assert low_products
+    assert set(low_products) == {"ModalityBlock", "FusionBlock", "_LinearBlock"}
     for got, expected in zip(*grads, strict=True):
         assert (got - expected).norm() < 2e-3 * expected.norm()
 
@@ -160,9 +167,13 @@ def test_waiting_rows_keep_their_histories():
         return z
 
     early, late = torch.arange(8), torch.arange(8, 24)
-    for before in (2, 7):
-        one, other = (solve.Anderson(5, None, True, 1.0) for _ in range(2))
+    # A ridge that would show whether its scale came from a row's own entries.
+    for before, ridge, lost in itertools.product((2, 7), (None, 1e-2), (False, True)):
+        one, other = (solve.Anderson(5, ridge, True, 1.0) for _ in range(2))
         z_early = run(one, torch.zeros(1, 8, dim, dtype=torch.float64), early, before)
+        if lost:
+            one.restart(torch.arange(8).unsqueeze(0) % 3 == 0)
+            z_early = run(one, z_early, early, 1)
         z_late = run(other, torch.zeros(1, 16, dim, dtype=torch.float64), late, before + 2)
         index = torch.arange(16).unsqueeze(0)
         joined = one.join([(one.snapshot(), index[:, :8]), (other.snapshot(), index)])
@@ -182,3 +193,57 @@ def test_min_rows_is_what_the_loop_pads_to(monkeypatch):
     monkeypatch.setattr(solve.ModalityBlock, "__call__", recording)
     equilibrium(layer(16), torch.randn(COUNT, 3, 16))
     assert set(seen) == {host.MIN_ROWS}
+
+
+class Affine:
+    """f(z) = scale * z + offset, one number per row."""
+
+    def __init__(self, scale, offset):
+        self.scale, self.offset = scale, offset
+        self.shape = offset.shape
+
+    def __call__(self, z):
+        return self.offset.clone() if z is None else self.scale * z + self.offset
+
+    def take(self, index):
+        rows = index[0]
+        return Affine(self.scale[:, rows], self.offset[:, rows])
+
+
+@pytest.mark.parametrize("loop", [host.fixed_point, iterate.fixed_point_masked])
+def test_a_row_that_meets_the_absolute_tolerance_returns_what_met_it(loop):
+    """Also where an earlier evaluation had the smaller relative residual."""
+
+    block = Affine(torch.full((1, 20, 1), 0.5), torch.zeros(1, 20, 1))
+    settings = iterate.Settings(rtol=1e-30, atol=0.5, max_steps=60, restart=False)
+    start = torch.full((1, 20, 1), 100.0)
+    outcome = loop(block, start, solve.Picard(1.0), settings, None, None, torch.empty(0))
+    assert (outcome.status == Status.CONVERGED).all()
+    # The relative residual is 1 in every step, so the first is never improved upon.
+    before = 2 * outcome.state
+    assert ((outcome.state - before).abs() <= 0.5).all()
+
+
+@pytest.mark.parametrize("loop", [host.fixed_point, iterate.fixed_point_masked])
+def test_a_map_that_is_zero(loop):
+    """||g|| / ||f|| is not finite at a start away from 0; the row is."""
+    block = Affine(torch.zeros(1, 20, 8), torch.zeros(1, 20, 8))
+    settings = iterate.Settings(rtol=1e-3, atol=0.0, max_steps=9)
+    start = torch.full((1, 20, 8), 100.0)
+    outcome = loop(block, start, solve.Picard(1.0), settings, None, None, torch.empty(0))
+    assert (outcome.status == Status.CONVERGED).all()
+    assert (outcome.steps == 2).all()
+    assert not outcome.state.any()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_gradients_of_any_scale(scale):
+    """Squares of the incoming gradient vanish or overflow in fp32; its adjoint does not."""
+    fusion = layer(64)
+    features, direction = torch.randn(COUNT, 20, 64), torch.randn(20, 64)
+    grads = []
+    for factor in (1.0, scale):
+        inputs = features.clone().requires_grad_()
+        fusion(inputs).backward(direction * factor)
+        grads.append(inputs.grad / factor)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)

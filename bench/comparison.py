@@ -1,0 +1,111 @@
+"""The README's table, drawn from committed results.
+
+    python -m deqfusion.bench.comparison bench/results/cpu-*.json [--write README.md]
+
+Every figure is that of a file; with `--write` the text between the comparison markers is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .runner import FORMAT, REFERENCE
+from .suites import MODES
+
+BEGIN, END = "<!-- comparison:begin -->\n", "<!-- comparison:end -->\n"
+OTHERS = {"textbook": "eager", "textbook_compiled": "compiled", "torchdeq": "torchdeq"}
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """One line per shape and number of threads.
+
+    Args:
+        results: contents of result files of one machine, as `deqfusion bench` writes them.
+
+    Returns:
+        A sentence on what was measured, and the table.
+
+    Raises:
+        ValueError: files of another format or of different machines, or a contender without time.
+    """
+    rows: dict[tuple[Any, ...], dict[str, str]] = {}
+    machines = set()
+    for result in results:
+        if result.get("format") != FORMAT:
+            raise ValueError(f"format: got {result.get('format')!r}, expected {FORMAT}")
+        machine = result["environment"]
+        machines.add((machine["cpu"], machine["versions"]["torch"]))
+        for case in result["cases"]:
+            key = (tuple(case["shape"]), case["threads"])
+            rows.setdefault(key, {})[case["mode"]] = _cells(case["contenders"])
+    if len(machines) != 1:
+        raise ValueError(f"results of different machines: {sorted(machines)}")
+    ((cpu, version),) = machines
+    lines = [
+        f"Time of the others over ours ({cpu}, torch {version}, fp32), every answer verified to a",
+        "relative residual of 1e-3, medians of interleaved runs; *eager*: the usual PyTorch code.",
+        "",
+        "| rows, width, modalities | threads | forward: ours | " + " | ".join(OTHERS.values())
+        + " | and backward: ours | " + " | ".join(OTHERS.values()) + " |",
+        "|" + "---|" * (4 + 2 * len(OTHERS)),
+    ]  # fmt: skip
+    for (shape, threads), modes in sorted(rows.items(), key=lambda item: (item[0][1], item[0][0])):
+        cells = " | ".join(modes[mode] for mode in MODES)
+        lines.append(f"| {', '.join(map(str, shape))} | {threads} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(contenders: dict[str, Any]) -> str:
+    ours = contenders[REFERENCE]
+    if ours["status"] != "ok":
+        raise ValueError(f"{REFERENCE}: {ours['status']}, expected a time")
+    ratios = []
+    for name in OTHERS:
+        entry = contenders.get(name, {"status": "not measured"})
+        ok = entry["status"] == "ok"
+        ratios.append(f"{entry['ratio']['median']:.1f}x" if ok else entry["status"])
+    return " | ".join([f"{ours['seconds']['median'] * 1e3:.0f} ms", *ratios])
+
+
+def replace(text: str, table: str) -> str:
+    """The text with what stands between the markers replaced by `table`.
+
+    Raises:
+        ValueError: if the markers are missing.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"got a text without the lines {BEGIN.strip()} and {END.strip()}")
+    return before + begin + table + end + after
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; exit code 0, or 2 with one line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deqfusion.bench.comparison",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--write", type=Path, metavar="README", help="file to put the table into")
+    options = parser.parse_args(arguments)
+    try:
+        table = markdown([json.loads(path.read_text()) for path in options.files])
+        if options.write is None:
+            print(table, end="")
+        else:
+            options.write.write_text(replace(options.write.read_text(), table))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
