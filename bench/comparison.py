@@ -22,7 +22,7 @@ OTHERS = {"textbook": "eager", "textbook_compiled": "compiled", "torchdeq": "tor
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """One line per shape and number of threads.
+    """One line per shape.
 
     Args:
         results: contents of result files of one machine, as `deqfusion bench` writes them.
@@ -31,45 +31,52 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         A sentence on what was measured, and the table.
 
     Raises:
-        ValueError: files of another format or of different machines, or a contender without time.
+        ValueError: files of another format, of different machines, or without our time.
     """
-    rows: dict[tuple[Any, ...], dict[str, str]] = {}
-    machines = set()
+    cells: dict[tuple[Any, ...], dict[tuple[int, str], list[str]]] = {}
+    machines, counts = set(), set()
     for result in results:
         if result.get("format") != FORMAT:
             raise ValueError(f"format: got {result.get('format')!r}, expected {FORMAT}")
         machine = result["environment"]
         machines.add((machine["cpu"], machine["versions"]["torch"]))
         for case in result["cases"]:
-            key = (tuple(case["shape"]), case["threads"])
-            rows.setdefault(key, {})[case["mode"]] = _cells(case["contenders"])
+            counts.add(case["threads"])
+            found = cells.setdefault(tuple(case["shape"]), {})
+            found[case["threads"], case["mode"]] = _cells(case["contenders"])
     if len(machines) != 1:
         raise ValueError(f"results of different machines: {sorted(machines)}")
     ((cpu, version),) = machines
+    others = " | ".join(OTHERS.values())
     lines = [
-        f"Time of the others over ours ({cpu}, torch {version}, fp32), every answer verified to a",
-        "relative residual of 1e-3, medians of interleaved runs; *eager*: the usual PyTorch code.",
+        f"Time of the others over ours, {' / '.join(map(str, sorted(counts)))} threads "
+        f"({cpu}, torch {version}, fp32), answers verified to a",
+        "relative residual of 1e-3, medians of interleaved runs; *compiled* by `torch.compile`.",
         "",
-        "| rows, width, modalities | threads | forward: ours | " + " | ".join(OTHERS.values())
-        + " | and backward: ours | " + " | ".join(OTHERS.values()) + " |",
-        "|" + "---|" * (4 + 2 * len(OTHERS)),
-    ]  # fmt: skip
-    for (shape, threads), modes in sorted(rows.items(), key=lambda item: (item[0][1], item[0][0])):
-        cells = " | ".join(modes[mode] for mode in MODES)
-        lines.append(f"| {', '.join(map(str, shape))} | {threads} | {cells} |")
+        f"| rows, width, modalities | forward: ours | {others} | and backward: ours | {others} |",
+        "|" + "---|" * (3 + 2 * len(OTHERS)),
+    ]
+    for shape, found in sorted(cells.items()):
+        columns = [
+            " / ".join(column)
+            for mode in MODES
+            for column in zip(*(found[threads, mode] for threads in sorted(counts)), strict=True)
+        ]
+        lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(columns)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cells(contenders: dict[str, Any]) -> str:
+def _cells(contenders: dict[str, Any]) -> list[str]:
+    """Milliseconds of ours, and the ratio of each of the others."""
     ours = contenders[REFERENCE]
     if ours["status"] != "ok":
         raise ValueError(f"{REFERENCE}: {ours['status']}, expected a time")
-    ratios = []
+    cells = [f"{ours['seconds']['median'] * 1e3:.0f} ms"]
     for name in OTHERS:
         entry = contenders.get(name, {"status": "not measured"})
         ok = entry["status"] == "ok"
-        ratios.append(f"{entry['ratio']['median']:.1f}x" if ok else entry["status"])
-    return " | ".join([f"{ours['seconds']['median'] * 1e3:.0f} ms", *ratios])
+        cells.append(f"{entry['ratio']['median']:.1f}" if ok else entry["status"])
+    return cells
 
 
 def replace(text: str, table: str) -> str:

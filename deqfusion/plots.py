@@ -125,6 +125,8 @@ def modality_weight_bars(
 ) -> Figure:
     """Draw mean gate weights by which modality is corrupted, one panel for each state of training.
 
+    Bars are differences from equal weights in percent: weights are 1/N and a little.
+
     Args:
         panels: title -> (N, N) mean weights; row: the corrupted modality, column: whose weight.
         modalities: N names.
@@ -147,16 +149,17 @@ def modality_weight_bars(
     for axes, (title, table) in zip(all_axes, panels.items(), strict=True):
         for column in range(count):
             places = np.arange(count) + (column - (count - 1) / 2) * width
-            bars = axes.bar(places, table[:, column], 0.92 * width, color=_CYCLE[column])
+            height = 100 * (count * np.asarray(table)[:, column] - 1)
+            bars = axes.bar(places, height, 0.92 * width, color=_CYCLE[column])
             # Hatched where the modality is weighed in the rows in which it is the noisy one.
             bars.patches[column].set(hatch="///", edgecolor="white", lw=0)
-        axes.axhline(1.0 / count, color="black", lw=1, linestyle=":")
+        axes.axhline(0, color="black", lw=1)
         axes.set_xticks(range(count), [name.replace(" ", "\n") for name in modalities])
         axes.set_xlabel("noise is in")
         axes.set_title(title, fontsize=10)
         _strip(axes)
         axes.grid(axis="y", color=_GRID)
-    all_axes[0].set_ylabel("mean modality weight")
+    all_axes[0].set_ylabel("modality weight, % from equal")
     handles = [Patch(color=_CYCLE[column], label=name) for column, name in enumerate(modalities)]
     handles.append(Patch(facecolor="white", edgecolor=GREY, hatch="///", label="where noisy"))
     figure.legend(handles=handles, loc="outside upper center", ncols=count + 1, frameon=False)

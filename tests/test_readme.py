@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import deqfusion
+from deqfusion.bench import comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,3 +62,9 @@ def test_commands_exist(target: str) -> None:
 
 def test_version_of_the_citation() -> None:
     assert f"version = {{{deqfusion.__version__}}}" in README
+
+
+def test_comparison_is_drawn_from_the_committed_results() -> None:
+    files = sorted((ROOT / "bench" / "results").glob("cpu-*.json"))
+    table = comparison.markdown([json.loads(path.read_text()) for path in files])
+    assert comparison.replace(README, table) == README

@@ -2,20 +2,23 @@
 
 For every image one of three modalities, drawn at random, is buried in noise (see `data.digits`).
 Equilibrium fusion is trained beside concatenation, summation, gated fusion and 1, 3 and 10
-weight-tied steps of the same cell: same encoders, same head, same data, same number of epochs, the
-epoch chosen on validation rows. Each seed draws its own split, corruption and parameters, the same
-for every fusion. Then the equilibrium's convergence, its modality weights and its speed are
-measured, and everything goes to one page.
+weight-tied steps of the same cell: same encoders, same head, same data, same number of epochs;
+learning rate and epoch are chosen on validation rows, for every fusion and seed alike. Each seed
+draws its own split, corruption and parameters, the same for every fusion. Then the equilibrium's
+convergence, its modality weights and its speed are measured, and everything goes to one page.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,7 +32,7 @@ from ..solution import Equilibrium
 from ..solvers import Anderson, Picard
 from .arguments import real_number, whole_number
 from .classifier import MultimodalClassifier
-from .engine import HISTORY_COLUMNS, FitOptions, Rows, fit
+from .engine import HISTORY_COLUMNS, FitOptions, FitResult, Rows, fit
 from .metrics import classification_metrics
 from .runs import write_atomically, write_json
 
@@ -46,7 +49,8 @@ class DemoOptions:
     Attributes:
         fusions: names for `build_fusion`.
         seeds: each draws split, corruption and parameters.
-        epochs, batch_size, learning_rate, dropout, dim: of every model alike.
+        learning_rates: every model is trained with each; the validation loss chooses.
+        epochs, batch_size, dropout, dim: of every model alike.
         tol: of the equilibrium.
         jacobian_weight: of the Jacobian penalty; for "deq" only, the others have no equilibrium.
         noise: of the corrupted modality, in standard deviations.
@@ -56,7 +60,7 @@ class DemoOptions:
     seeds: Sequence[int] = (0, 1, 2)
     epochs: int = 25
     batch_size: int = 128
-    learning_rate: float = 5e-3
+    learning_rates: Sequence[float] = (5e-3, 1e-2)
     dropout: float = 0.2
     dim: int = 64
     tol: float = 1e-3
@@ -71,8 +75,8 @@ class Comparison:
     Attributes:
         options: what was trained.
         runs: one record per fusion and seed: `fusion`, `seed`, `accuracy`, `f1_macro`,
-            `best_epoch`, `parameters`, `step_seconds`, `steps`, `converged` (the last two NaN for
-            a fusion without a solve).
+            `learning_rate`, `best_epoch`, `parameters`, `step_seconds`, `steps`, `converged` (the
+            last two NaN for a fusion without a solve).
         weights: "before training", "after training" -> (N, N) mean modality weights on test rows;
             row: the noisy modality, column: whose weight. Mean over seeds.
         traces: solver -> (rows, steps) relative residuals of the trained model's joint state.
@@ -125,10 +129,9 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     options = DemoOptions(seeds=range(args.seeds), epochs=args.epochs, noise=args.noise)
     threads = torch.get_num_threads()
-    # Products of 128 x 64 gain nothing from a second thread, and lose much on a busy machine.
-    torch.set_num_threads(1)
+    _one_thread()
     try:
-        comparison = compare(options, progress=True)
+        comparison = compare(options, workers=min(2, os.cpu_count() or 1), progress=True)
     finally:
         torch.set_num_threads(threads)
     timings = [] if args.no_timing else time_fusion(progress=True)
@@ -141,66 +144,120 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def compare(options: DemoOptions, *, progress: bool = False) -> Comparison:
+def compare(options: DemoOptions, *, workers: int = 1, progress: bool = False) -> Comparison:
     """Train every fusion with every seed and measure it on the test rows.
 
     Args:
         options: what to train.
+        workers: processes; with 1, everything happens in this one.
         progress: show a bar over the runs.
 
     Returns:
         Comparison; weights and traces only where "deq" is among the fusions.
     """
-    comparison = Comparison(options)
-    weights: dict[str, list[NDArray[np.float64]]] = {"before training": [], "after training": []}
     jobs = [(seed, name) for seed in options.seeds for name in options.fusions]
-    bar = tqdm(jobs, desc="training", unit="run", disable=not progress, dynamic_ncols=True)
-    for seed, name in bar:
-        bar.set_postfix_str(f"{name}, seed {seed}")
-        data = load_digits(seed, noise=options.noise)
-        parts = {part: _rows(getattr(data, part)) for part in ("train", "validation", "test")}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = MultimodalClassifier(
-                [view.shape[1] for view in parts["train"].inputs],
-                _CLASSES,
-                dim=options.dim,
-                fusion=name,
-                dropout=options.dropout,
-                tol=options.tol,
+    bar = tqdm(total=len(jobs), desc="training", unit="run", disable=not progress)
+    results: dict[tuple[int, str], _Run] = {}
+    with bar, ExitStack() as stack:
+        if workers == 1:
+            for job in jobs:
+                bar.set_postfix_str(f"{job[1]}, seed {job[0]}")
+                results[job] = _train(*job, options)
+                bar.update()
+        else:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(
+                ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
             )
-        if name == "deq":
-            weights["before training"].append(mean_weights(model, data.test))
+            # The longest first, so that no core is left with one at the end.
+            order = sorted(jobs, key=lambda job: FUSIONS.index(job[1]))
+            futures = {pool.submit(_train, *job, options): job for job in order}
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                bar.update()
+    comparison = Comparison(options, runs=[results[job].record for job in jobs])
+    solved = [results[job] for job in jobs if job[1] == "deq"]
+    if solved:
+        tables = zip(*(run.weights for run in solved), strict=True)
+        names = ("before training", "after training")
+        comparison.weights = {
+            name: np.mean(table, axis=0) for name, table in zip(names, tables, strict=True)
+        }
+        comparison.traces = solved[0].traces
+    return comparison
+
+
+class _Run(NamedTuple):
+    """One fusion and seed: its record, and of "deq" weights before and after, and traces."""
+
+    record: dict[str, Any]
+    weights: tuple[NDArray[np.float64], ...] = ()
+    traces: dict[str, NDArray[np.float64]] = {}  # noqa: RUF012  never changed
+
+
+def _one_thread() -> None:
+    # Products of 128 x 64 gain nothing from a second thread, and lose much on a busy machine.
+    torch.set_num_threads(1)
+
+
+def _train(seed: int, name: str, options: DemoOptions) -> _Run:
+    data = load_digits(seed, noise=options.noise)
+    parts = {part: _rows(getattr(data, part)) for part in ("train", "validation", "test")}
+    rate, model, result = _fit_best(parts, name, seed, options)
+    probabilities = model.predict(parts["test"].inputs).double().numpy()
+    metrics = classification_metrics(probabilities, data.test.labels)
+    history = dict(zip(HISTORY_COLUMNS, result.history.T, strict=True))
+    record = {
+        "fusion": name,
+        "seed": seed,
+        "accuracy": metrics["accuracy"],
+        "f1_macro": metrics["f1_macro"],
+        "learning_rate": rate,
+        "best_epoch": result.best_epoch,
+        "parameters": sum(p.numel() for p in model.fusion.parameters()),
+        "step_seconds": float(np.median(history["step_seconds"])),
+        "steps": float(history["steps"].mean()),
+        "converged": float(history["converged"].mean()),
+    }
+    if name != "deq":
+        return _Run(record)
+    untrained = _model(parts, name, seed, options)
+    weights = mean_weights(untrained, data.test), mean_weights(model, data.test)
+    return _Run(record, weights, convergence(model, parts["test"].inputs))
+
+
+def _model(
+    parts: Mapping[str, Rows], name: str, seed: int, options: DemoOptions
+) -> MultimodalClassifier:
+    """A new model; the same seed gives the same encoders and head to every fusion."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MultimodalClassifier(
+            [view.shape[1] for view in parts["train"].inputs],
+            _CLASSES,
+            dim=options.dim,
+            fusion=name,
+            dropout=options.dropout,
+            tol=options.tol,
+        )
+
+
+def _fit_best(
+    parts: Mapping[str, Rows], name: str, seed: int, options: DemoOptions
+) -> tuple[float, MultimodalClassifier, FitResult]:
+    """Train with every learning rate; that of the lowest validation loss, its model and result."""
+    runs = []
+    for rate in options.learning_rates:
+        model = _model(parts, name, seed, options)
         fit_options = FitOptions(
             epochs=options.epochs,
-            learning_rate=options.learning_rate,
+            learning_rate=rate,
             batch_size=options.batch_size,
             seed=seed,
             jacobian_weight=options.jacobian_weight if name == "deq" else 0.0,
         )
-        result = fit(model, parts["train"], parts["validation"], fit_options)
-        probabilities = model.predict(parts["test"].inputs).double().numpy()
-        metrics = classification_metrics(probabilities, data.test.labels)
-        history = dict(zip(HISTORY_COLUMNS, result.history.T, strict=True))
-        comparison.runs.append(
-            {
-                "fusion": name,
-                "seed": seed,
-                "accuracy": metrics["accuracy"],
-                "f1_macro": metrics["f1_macro"],
-                "best_epoch": result.best_epoch,
-                "parameters": sum(p.numel() for p in model.fusion.parameters()),
-                "step_seconds": float(np.median(history["step_seconds"])),
-                "steps": float(history["steps"].mean()),
-                "converged": float(history["converged"].mean()),
-            }
-        )
-        if name == "deq":
-            weights["after training"].append(mean_weights(model, data.test))
-            if not comparison.traces:
-                comparison.traces = convergence(model, parts["test"].inputs)
-    comparison.weights = {key: np.mean(tables, axis=0) for key, tables in weights.items() if tables}
-    return comparison
+        runs.append((rate, model, fit(model, parts["train"], parts["validation"], fit_options)))
+    return min(runs, key=lambda run: run[2].validation_loss)
 
 
 @torch.no_grad()

@@ -63,10 +63,12 @@ def page(comparison: Comparison, timings: Timings) -> str:
         "<p>1,797 real images of digits, seen as three modalities: "
         f"{', '.join(DIGITS_MODALITIES)}. For every image, one modality drawn at random is buried "
         f"in noise of {options.noise:g} standard deviations; a model is not told which. Encoders, "
-        "head, data and epochs are the same for every fusion; only the fusion differs, "
+        "head, data and epochs are the same for every fusion, learning rates are chosen from "
+        f"{', '.join(f'{rate:g}' for rate in options.learning_rates)}; only the fusion differs, "
         "and DEQ's loss has the Jacobian penalty that keeps its map contracting. "
         f"{seeds} {'seed draws its' if seeds == 1 else 'seeds each draw their'} own split, noise "
-        "and parameters; the epoch is chosen on validation rows, the figures are on test rows.</p>",
+        "and parameters; epoch and learning rate are chosen on validation rows, the figures are on "
+        "test rows.</p>",
         "<h2>Accuracy</h2>",
         _picture(bars, "Test accuracy of each fusion, with standard deviation over seeds"),
         _accuracy_table(comparison),
@@ -91,8 +93,8 @@ def page(comparison: Comparison, timings: Timings) -> str:
             _picture(figure, "Mean gate weight by noisy modality, before and after training"),
             f"<p>{html.escape(_weights_sentence(comparison))}</p>",
             "<p class=note>Mean over test rows and seeds of the gates' share per modality"
-            " (<code>fusion.modality_weights(eq)</code>), by which modality is noisy; dotted: equal"
-            " weights.</p>",
+            " (<code>fusion.modality_weights(eq)</code>), by which modality is noisy, as difference"
+            " from equal shares.</p>",
         ]
     if timings:
         sections += ["<h2>Speed on this machine</h2>", *_timing_section(timings)]
@@ -203,7 +205,10 @@ def _weights_sentence(comparison: Comparison) -> str:
     for title, weights in comparison.weights.items():
         noisy = np.diag(weights).mean()
         clean = weights[~np.eye(len(weights), dtype=bool)].mean()
-        parts.append(f"{title} {noisy:.3f} on the noisy modality and {clean:.3f} on a clean one")
+        parts.append(
+            f"{title} {noisy:.3f} on the noisy modality and {clean:.3f} on a clean one "
+            f"({100 * (noisy / clean - 1):+.1f}%)"
+        )
     return f"Mean modality weight: {'; '.join(parts)}."
 
 

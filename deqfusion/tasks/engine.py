@@ -99,6 +99,11 @@ class FitResult:
     history: np.ndarray
     best_epoch: int
 
+    @property
+    def validation_loss(self) -> float:
+        """Of the best epoch."""
+        return float(self.history[:, _VALIDATION_LOSS].min())
+
 
 def fit(
     model: MultimodalClassifier,

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,12 @@ from deqfusion.tasks.demo import Comparison, DemoOptions, compare
 from deqfusion.tasks.demo_page import page, table, verdict
 
 _OPTIONS = DemoOptions(
-    fusions=("deq", "weight_tied:2", "concat"), seeds=(0, 1), epochs=2, dim=32, tol=1e-2
+    fusions=("deq", "weight_tied:2", "concat"),
+    seeds=(0, 1),
+    epochs=2,
+    dim=32,
+    tol=1e-2,
+    learning_rates=(5e-3,),
 )
 _TIMING = {
     "shape": {"batch": 8, "dim": 16, "num_modalities": 2},
@@ -112,3 +118,12 @@ def test_command_writes_page_and_figures(tmp_path, capsys):
     record = json.loads((out / "results.json").read_text())
     assert len(record["runs"]) == 7
     assert record["timing"] == []
+
+
+def test_the_learning_rate_is_the_validation_rows_choice():
+    """One that learns nothing loses against one that does, wherever it stands."""
+    options = DemoOptions(fusions=("concat",), seeds=(0,), epochs=3, dim=32)
+    for rates in ((1e-9, 5e-3), (5e-3, 1e-9)):
+        (run,) = compare(replace(options, learning_rates=rates)).runs
+        assert run["learning_rate"] == 5e-3
+        assert run["accuracy"] > 0.5
