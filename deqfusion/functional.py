@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 import deqfusion.ops  # noqa: F401  registers the operators
 from deqfusion.adjoint import Adjoint, Implicit
@@ -119,6 +120,7 @@ class _ModalityEquilibrium(torch.autograd.Function):
         return state, status, steps, residual, trace
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
         nothing = (None,) * (6 + _M + _C + _S)
         if gradient is None:
@@ -149,6 +151,7 @@ class _FusionEquilibrium(torch.autograd.Function):
         return state, status, steps, residual, trace
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
         nothing = (None,) * (8 + _F + _C + _S)
         if gradient is None:
@@ -179,6 +182,7 @@ class _JointEquilibrium(torch.autograd.Function):
         return state, status, steps, residual, trace
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
         x, injection, present, gate_mask, fusion_mask, state, status, *p = ctx.saved_tensors
         dm, dinjection, *fusion = torch.ops.deqfusion.fusion_adjoint(

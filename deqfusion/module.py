@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +155,15 @@ class DEQFusion(nn.Module):
         """The fused equilibrium z_f* (..., d); arguments as in `equilibrium`."""
         return self.equilibrium(features, init=init, mask=mask).fused
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Loads what fits: a layer with a tolerance schedule and one without share checkpoints."""
+        key = prefix + "solver_progress"
+        if not isinstance(self.solver.tol, ToleranceSchedule):
+            state_dict.pop(key, None)
+        else:
+            state_dict.setdefault(key, self.solver_progress)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def equilibrium(
         self,
         features: Features,
@@ -171,7 +181,8 @@ class DEQFusion(nn.Module):
             init: where to start: a state (N+1, ..., d), modalities then fusion, or an earlier
                 equilibrium. None starts from 0.
             mask: bool (..., N), True where a modality is missing; it is left out of x_f and of the
-                gate sum, its state is 0, and its features are not looked at.
+                gate sum, its state is 0, and its features are not looked at. A row must have at
+                least one modality.
             injection: (..., d), x_f given by the caller in place of sum_i w_i x_i + b.
             trace: records the residual of every evaluation in `stats.trace`.
 
@@ -198,7 +209,7 @@ class DEQFusion(nn.Module):
                 )
             )  # type: ignore[arg-type]
         )  # fmt: skip
-        return Equilibrium(fused.reshape(shape[1:]), z.reshape(shape), stats)
+        return Equilibrium(fused.reshape(shape[1:]), z.reshape(shape), stats, mask)
 
     def cell(
         self, state: Tensor, features: Features, mask: Tensor | None = None,
@@ -236,14 +247,16 @@ class DEQFusion(nn.Module):
 
         Args:
             eq: an equilibrium of these features.
-            features, mask, injection: as in `equilibrium`.
+            features, injection: as in `equilibrium`.
+            mask: None takes that of `eq`.
             probes: Gaussian probes averaged, >= 1.
 
         Returns:
             () in the parameters' dtype.
         """
         check.count("probes", probes, minimum=1)
-        rows = self._rows(features, mask, injection)
+        check.equilibrium("eq", eq)
+        rows = self._rows(features, eq.mask if mask is None else mask, injection)
         with torch.autocast(rows.x.device.type, enabled=False):
             return regularization.jacobian_penalty(
                 eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype),
@@ -260,7 +273,8 @@ class DEQFusion(nn.Module):
         See `deqfusion.diagnostics.spectral_radius`; `steps` is the dimension of the Krylov space.
         """
         check.count("steps", steps, minimum=1)
-        rows = self._rows(features, mask, injection)
+        check.equilibrium("eq", eq)
+        rows = self._rows(features, eq.mask if mask is None else mask, injection)
         state = eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim)
         with torch.autocast(rows.x.device.type, enabled=False):
             return diagnostics.spectral_radius(
@@ -273,11 +287,13 @@ class DEQFusion(nn.Module):
 
         Args:
             eq: an equilibrium of this layer.
-            mask: as in `equilibrium`; a missing modality weighs 0.
+            mask: as in `equilibrium`, None takes that of `eq`; a missing modality weighs 0.
 
         Returns:
             (N, ...).
         """
+        check.equilibrium("eq", eq)
+        mask = eq.mask if mask is None else mask
         leading = eq.fused.shape[:-1]
         present = None if mask is None else check.mask(mask, leading, self.num_modalities)
         weights = diagnostics.modality_weights(

@@ -115,11 +115,13 @@ class Equilibrium:
         fused: (..., d), the fusion state z_f*, carrying implicit gradients.
         modalities: (N, ..., d), the modality states z_i*, carrying implicit gradients.
         stats: per-row status, steps and residual.
+        mask: bool (..., N), True where a modality was missing; None: nowhere.
     """
 
     fused: Tensor
     modalities: Tensor
     stats: SolveStats
+    mask: Tensor | None = None
 
     @property
     def state(self) -> Tensor:

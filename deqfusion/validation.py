@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from deqfusion.reference.cell import CellOptions
+from deqfusion.solution import Equilibrium
 
 __all__ = [
     "boolean",
     "cell_options",
     "choice",
     "count",
+    "equilibrium",
     "floating",
     "fraction",
     "instance",
@@ -88,6 +90,14 @@ def cell_options(options: CellOptions, dim: int) -> None:
     choice("gate_input", options.gate_input, ("sum", "concat"))
     boolean("skip", options.skip)
     choice("tail", options.tail, ("relu_norm", "norm_relu"))
+
+
+def equilibrium(name: str, value: Any) -> None:
+    """A solved fusion."""
+    if not isinstance(value, Equilibrium):
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, expected what `fusion.equilibrium` returns"
+        )
 
 
 def instance(name: str, value: Any, kind: type) -> None:

@@ -1,8 +1,16 @@
 """GPU programs of the equilibrium solves; installed as ``deqfusion.kernels``.
 
-No program has been written yet: every solve runs on the reference implementation, whatever
-the device. This package imports nothing of ``deqfusion``, and no Triton until asked, so that
-it can be inspected on machines that have neither.
+    layout      channels padded group by group, weights packed
+    config      tiles and options of a program
+    primitives  device functions: product and GroupNorm of one group
+    anderson    device functions: Gram row, small solve
+    solver      device functions: when a row ends, its next iterate
+    modality    the modality equilibria in one launch (schedule *row*)
+
+The operators do not launch programs yet: `kernels.modality` is complete and tested, but the fusion
+block and the backward pass are not written, so every solve runs on the reference implementation.
+This package imports nothing of ``deqfusion``, and no Triton until asked, so that it can be
+inspected on machines that have neither.
 """
 
 from __future__ import annotations

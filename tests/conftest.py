@@ -27,6 +27,10 @@ import numpy as np
 import pytest
 import torch
 
+# Before Triton is imported: without a device its programs run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 ALLOCATORS: tuple[tuple[Any, str], ...] = (

@@ -384,3 +384,23 @@ def test_injection_of_another_type(injection):
     fusion = DEQFusion(16, 2)
     with pytest.raises(TypeError, match=r"injection: got .*, expected a floating-point tensor"):
         fusion.equilibrium(torch.randn(2, 3, 16), injection=injection)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Phantom()], ids=["implicit", "phantom"])
+def test_double_backward_is_refused(adjoint):
+    fusion = DEQFusion(16, 2, adjoint=adjoint)
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fusion(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
+def test_what_needs_an_equilibrium_says_so():
+    fusion = DEQFusion(16, 2)
+    x = torch.randn(2, 3, 16)
+    expected = "eq: got Tensor, expected what `fusion.equilibrium` returns"
+    for call in (fusion.jacobian_penalty, fusion.spectral_radius):
+        with pytest.raises(TypeError, match=expected):
+            call(fusion(x), x)
+    with pytest.raises(TypeError, match=expected):
+        fusion.modality_weights(fusion(x))

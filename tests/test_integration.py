@@ -23,6 +23,7 @@ from deqfusion import (
     OneStep,
     Phantom,
     Picard,
+    ToleranceSchedule,
     Unroll,
 )
 from deqfusion.testing import CellOptions, textbook_cell
@@ -395,3 +396,16 @@ def test_ddp_gives_the_single_process_gradients(tmp_path):
     fusion(features).square().mean().backward()
     got = torch.load(out, weights_only=True)
     assert_close(got, {name: p.grad for name, p in fusion.named_parameters()}, 1e-9)
+
+
+def test_checkpoints_cross_between_a_schedule_and_a_constant_tolerance():
+    scheduled = DEQFusion(DIM, COUNT, solver=Anderson(tol=ToleranceSchedule(1e-1, 1e-3, 10)))
+    scheduled.solver_progress += 7
+    constant = DEQFusion(DIM, COUNT)
+    constant.load_state_dict(scheduled.state_dict())
+    back = DEQFusion(DIM, COUNT, solver=Anderson(tol=ToleranceSchedule(1e-1, 1e-3, 10)))
+    back.load_state_dict(constant.state_dict())
+    assert back.solver_progress == 0
+    assert torch.equal(back.modality_weight1, scheduled.modality_weight1)
+    back.load_state_dict(scheduled.state_dict())
+    assert back.solver_progress == 7

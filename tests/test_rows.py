@@ -169,3 +169,21 @@ def test_masked_layer_equals_a_layer_without_the_modality():
         got = fusion.equilibrium(features, mask=mask).fused
         expected = smaller(features[keep])
     assert (got - expected).norm() < 1e-9 * expected.norm()
+
+
+def test_an_equilibrium_remembers_what_was_missing():
+    torch.manual_seed(3)
+    fusion = DEQFusion(DIM, COUNT)
+    features = torch.randn(COUNT, 6, DIM)
+    mask = torch.zeros(6, COUNT, dtype=torch.bool)
+    mask[::2, 1] = True
+    with torch.no_grad():
+        eq = fusion.equilibrium(features, mask=mask)
+        assert torch.equal(fusion.modality_weights(eq), fusion.modality_weights(eq, mask))
+        assert not fusion.modality_weights(eq)[1, ::2].any()
+        radius = fusion.spectral_radius(eq, features)
+        assert torch.equal(radius, fusion.spectral_radius(eq, features, mask=mask))
+        torch.manual_seed(0)
+        penalty = fusion.jacobian_penalty(eq, features)
+        torch.manual_seed(0)
+        assert torch.equal(penalty, fusion.jacobian_penalty(eq, features, mask=mask))

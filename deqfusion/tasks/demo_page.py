@@ -172,7 +172,7 @@ def _accuracy_table(comparison: Comparison) -> str:
         f1 = np.mean(comparison.values(name, "f1_macro"))
         milliseconds = 1e3 * np.median(comparison.values(name, "step_seconds"))
         steps, converged = "", ""
-        if name == "deq":
+        if not np.isnan(comparison.values(name, "steps")).any():
             steps = f"{np.mean(comparison.values(name, 'steps')):.1f}"
             converged = f"{np.mean(comparison.values(name, 'converged')):.1%}"
         rows.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -149,6 +150,8 @@ def fit(
             disable=progress is None,
             unit="epoch",
             dynamic_ncols=True,
+            # A log file needs fewer lines than a terminal.
+            mininterval=0.1 if sys.stderr.isatty() else 10,
         )
         with bar:
             for epoch in bar:

@@ -49,6 +49,21 @@ from .runs import (
 # gradients of single rows from dominating. It, width, dropout and learning rate were chosen on
 # hold-outs of ROSMAP's training rows.
 _JACOBIAN_WEIGHT = 1.0
+_DEFAULTS: dict[str, Any] = {
+    "modalities": [1, 2, 3],
+    "splits": 0,
+    "fusion": "deq",
+    "dim": 32,
+    "tol": 1e-3,
+    "dropout": 0.0,
+    "epochs": 120,
+    "seed": 0,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.0,
+    "batch_size": None,
+    "jacobian_weight": None,
+    "validation_fraction": 0.2,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,41 +71,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("--data-dir", required=True, type=Path, help="folder in MOGONET's layout")
     files.add_argument("--out", required=True, type=Path, help="folder of the run; must be empty")
-    files.add_argument("--resume", action="store_true", help="continue the run in --out")
     files.add_argument(
-        "--modalities", type=whole_numbers, default=[1, 2, 3], help="files to read (default 1,2,3)"
+        "--resume", action="store_true", help="continue the run in --out, with its options"
+    )
+    files.add_argument(
+        "--modalities", type=whole_numbers, default=None, help="files to read (default 1,2,3)"
     )
     files.add_argument(
         "--splits",
         type=whole_number(0),
-        default=0,
+        default=None,
         metavar="R",
         help="R repeated stratified splits of all rows instead of the given split",
     )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--fusion", default="deq", help="deq (default), concat, sum, gated or weight_tied:K"
+        "--fusion", default=None, help="deq (default), concat, sum, gated or weight_tied:K"
     )
-    model.add_argument("--dim", type=whole_number(1), default=32, help="width (default 32)")
+    model.add_argument("--dim", type=whole_number(1), default=None, help="width (default 32)")
     model.add_argument(
         "--tol",
         type=real_number(0.0, above=True),
-        default=1e-3,
+        default=None,
         help="relative tolerance of the equilibrium (default 1e-3)",
     )
     model.add_argument(
         "--dropout",
         type=real_number(0.0, below=1.0),
-        default=0.0,
+        default=None,
         help="after each encoder (default 0)",
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=whole_number(1), default=120, help="default 120")
-    training.add_argument("--seed", type=whole_number(0), default=0, help="default 0")
+    training.add_argument("--epochs", type=whole_number(1), default=None, help="default 120")
+    training.add_argument("--seed", type=whole_number(0), default=None, help="default 0")
     training.add_argument(
-        "--learning-rate", type=real_number(0.0, above=True), default=3e-3, help="default 3e-3"
+        "--learning-rate", type=real_number(0.0, above=True), default=None, help="default 3e-3"
     )
-    training.add_argument("--weight-decay", type=real_number(0.0), default=0.0, help="default 0")
+    training.add_argument("--weight-decay", type=real_number(0.0), default=None, help="default 0")
     training.add_argument(
         "--batch-size", type=whole_number(1), default=None, help="default: all rows"
     )
@@ -103,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--validation-fraction",
         type=real_number(0.0, above=True, below=1.0),
-        default=0.2,
+        default=None,
         help="of the training rows, to choose the epoch (default 0.2)",
     )
 
@@ -125,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError: `--out` holds a run that cannot be, or should not be, continued.
         ValueError: options that do not fit together.
     """
+    _complete(args)
     data = load_mogonet(args.data_dir, args.modalities)
     config = _config(args, data)
     # Before anything is written.
@@ -199,6 +217,19 @@ def run_evaluate(args: argparse.Namespace) -> int:
         test, name = split.test, f"test rows of split {config['split']}"
     print(_table({name: _evaluate(model, MinMaxScaling(minimum, span), test)}))
     return 0
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """Options that were not given: those of the run that is resumed, or else the defaults."""
+    stored = {}
+    if args.resume and RunDirectory(args.out).config.exists():
+        stored = read_config(args.out)
+    for name, default in _DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, stored.get(name, default))
+    if args.fusion != stored.get("fusion", args.fusion):
+        # That the run has another fusion is the error to report, not its penalty.
+        args.jacobian_weight = None
 
 
 def _config(args: argparse.Namespace, data: MogonetData) -> dict[str, Any]:

@@ -175,6 +175,15 @@ def test_out_with_a_run_is_refused_without_resume(folder, finished, capsys):
     _refused(capsys, _train(folder, finished), "already there", before, finished)
 
 
+def test_resume_takes_the_options_of_the_run(folder, tmp_path):
+    out = tmp_path / "out"
+    assert _train(folder, out, "--fusion", "sum", "--learning-rate", "0.01") == 0
+    before = _contents(out)
+    arguments = ["train", "rosmap", "--data-dir", str(folder), "--out", str(out), "--resume"]
+    assert main(arguments) == 0
+    assert _contents(out) == before
+
+
 def test_resume_with_other_options_is_refused(folder, finished, capsys):
     before = _contents(finished)
     code = _train(folder, finished, "--resume", "--fusion", "sum")

@@ -1,0 +1,113 @@
+r"""Anderson mixing of a block of rows on the device: Gram row, small solve, next iterate.
+
+    H_ij = <g_i, g_j>,   (H + ridge tr(H) / n I) a = 1,   a <- a / sum a
+    z_next = beta sum_j a_j f_j + (1 - beta) sum_j a_j (f_j - g_j)
+
+A program owns BM rows. The history of the last M evaluations is two tensors (M, rows, D) in global
+memory, slot s holding the evaluation of step s mod M; only the Gram row of the newest is computed.
+The Gram matrix (rows, M, M) is kept beside it, its lower half read into registers, a vector over
+rows per entry, and eliminated there, unrolled, without pivoting (it is symmetric, and positive
+definite up to rounding): a pivot that rounding leaves at or below 0 takes its entry out of the
+mixture. Entries from before `first` (a restart) are out likewise. All of it is fp32. M of 0 and 1
+are plain iteration.
+
+Source: H. F. Walker and P. Ni, "Anderson acceleration for fixed-point iterations", 2011.
+Differences: (1) one Gram row per step; (2) a ridge relative to the mean diagonal; (3) per-row
+histories.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def zeros(M: tl.constexpr, BM: tl.constexpr):
+    """M zero vectors [BM]."""
+    out = ()
+    for _ in tl.static_range(M):
+        out = out + (tl.zeros([BM], dtype=tl.float32),)
+    return out
+
+
+@triton.jit
+def valid(slot: tl.constexpr, step, first, M: tl.constexpr):
+    """Whether a slot holds, after the evaluation of `step`, one that counts for each row [BM]."""
+    held = step - (step - slot + M) % M
+    return (held >= first) & (held >= 0)
+
+
+@triton.jit
+def remember(gram_rows, dots, step, M: tl.constexpr):
+    """Stores dots (M of [BM]) as row and column of the newest slot; gram_rows: pointers [BM]."""
+    newest = step % M
+    for j in tl.static_range(M):
+        tl.store(gram_rows + newest * M + j, dots[j])
+        tl.store(gram_rows + j * M + newest, dots[j])
+
+
+@triton.jit
+def mixture(
+    gram_rows, step, first, ridge, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr
+):
+    """Weights a, M of [BM], of the history slots after the evaluation of `step`.
+
+    first [BM]: the first step that counts.
+    """
+    count = tl.zeros([BM], dtype=tl.float32)
+    trace = tl.zeros([BM], dtype=tl.float32)
+    a = ()
+    b = ()
+    for i in tl.static_range(M):
+        here = valid(i, step, first, M)
+        count += here.to(tl.float32)
+        b = b + (here.to(tl.float32),)
+        for j in tl.static_range(M):
+            if j <= i:
+                both = here & valid(j, step, first, M)
+                a = a + (tl.load(gram_rows + i * M + j, mask=both, other=0.0),)
+        trace += a[i * (i + 1) // 2 + i]
+    shift = ridge * trace / tl.maximum(count, 1.0) if RELATIVE else trace * 0.0 + ridge
+    # L D L^T: column p of the lower half is replaced by L, and b by the solution of L y = b.
+    inverses = ()
+    for p in tl.static_range(M):
+        pivot = a[p * (p + 1) // 2 + p] + shift
+        inverse = tl.where(valid(p, step, first, M) & (pivot > 0.0), 1.0 / pivot, 0.0)
+        inverses = inverses + (inverse,)
+        later_a = ()
+        later_b = ()
+        for i in tl.static_range(M):
+            if i > p:
+                factor = a[i * (i + 1) // 2 + p] * inverse
+                later_b = later_b + (b[i] - factor * b[p],)
+            else:
+                factor = inverse
+                later_b = later_b + (b[i],)
+            for j in tl.static_range(M):
+                if j <= i:
+                    if i > p and j > p:
+                        later_a = later_a + (
+                            a[i * (i + 1) // 2 + j] - factor * a[j * (j + 1) // 2 + p],
+                        )
+                    else:
+                        later_a = later_a + (a[i * (i + 1) // 2 + j],)
+        a = later_a
+        b = later_b
+    # Back substitution, from the last entry: a_p = (y_p - sum_{i>p} H_ip a_i) / d_p.
+    solved = ()
+    total = tl.zeros([BM], dtype=tl.float32)
+    for q in tl.static_range(M):
+        value = b[M - 1 - q]
+        for i in tl.static_range(q):
+            value -= a[(M - 1 - i) * (M - i) // 2 + M - 1 - q] * solved[i]
+        value *= inverses[M - 1 - q]
+        solved = solved + (value,)
+        total += value
+    newest = step % M
+    sound = (total != 0.0) & (total - total == 0.0)
+    weights = ()
+    for j in tl.static_range(M):
+        plain = tl.where(newest == j, 1.0, 0.0)
+        weights = weights + (tl.where(sound, solved[M - 1 - j] / total, plain),)
+    return weights

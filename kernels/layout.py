@@ -1,0 +1,78 @@
+r"""The padded layout of the GPU programs, and its inverse.
+
+GroupNorm works on groups of d / G channels. Each group is padded with zeros to P channels, a power
+of two (at least 16, the least a matrix instruction takes), so that one group is one block of
+columns and the whole width is D = G P. Weights are stored transposed, (in, out), padded in both
+directions: what stands in padded columns never reaches a true one. Group statistics divide by the
+true count.
+
+    rows     (..., d)     ->  (..., D)
+    weights  (K, d, d)    ->  (K, D, D), W^T
+    vectors  (K, d)       ->  (K, D)
+
+`pack` and `unpack` are exact inverses on the true channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+MIN_PADDED = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Widths of a layer.
+
+    Args:
+        dim: d, channels.
+        groups: G, a divisor of `dim`.
+
+    Raises:
+        ValueError: if `groups` does not divide `dim`.
+    """
+
+    dim: int
+    groups: int
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.dim < 1 or self.dim % self.groups:
+            raise ValueError(
+                f"groups: got {self.groups} for dim {self.dim}, expected a divisor of it"
+            )
+
+    @property
+    def group(self) -> int:
+        """Channels of a group."""
+        return self.dim // self.groups
+
+    @property
+    def padded(self) -> int:
+        """P, channels of a padded group."""
+        return max(MIN_PADDED, 1 << (self.group - 1).bit_length())
+
+    @property
+    def width(self) -> int:
+        """D = G P."""
+        return self.groups * self.padded
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Rows or vectors (..., d) -> (..., D), contiguous."""
+        out = x.new_zeros(*x.shape[:-1], self.groups, self.padded)
+        out[..., : self.group] = x.unflatten(-1, (self.groups, self.group))
+        return out.flatten(-2)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The inverse: (..., D) -> (..., d), contiguous."""
+        groups = x.unflatten(-1, (self.groups, self.padded))
+        return groups[..., : self.group].reshape(*x.shape[:-1], self.dim)
+
+    def pack_weight(self, weight: Tensor) -> Tensor:
+        """(..., d_out, d_in) -> (..., D_in, D_out), contiguous."""
+        return self.pack(self.pack(weight).transpose(-1, -2)).contiguous()
+
+    def unpack_weight(self, weight: Tensor) -> Tensor:
+        """The inverse: (..., D_in, D_out) -> (..., d_out, d_in), contiguous."""
+        return self.unpack(self.unpack(weight).transpose(-1, -2)).contiguous()

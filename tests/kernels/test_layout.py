@@ -1,0 +1,37 @@
+"""Packing and unpacking are exact inverses, and padding is zero."""
+
+import pytest
+import torch
+
+from deqfusion.kernels.layout import Layout
+
+SHAPES = [(4, 1), (4, 4), (20, 4), (64, 32), (96, 3), (300, 4), (500, 4), (1024, 1), (1024, 32)]
+
+
+@pytest.mark.parametrize(("dim", "groups"), SHAPES)
+def test_round_trip(dim, groups):
+    layout = Layout(dim, groups)
+    assert layout.padded >= max(16, layout.group)
+    assert layout.padded & (layout.padded - 1) == 0
+    rows = torch.randn(2, 3, dim)
+    packed = layout.pack(rows)
+    assert packed.shape == (2, 3, layout.width)
+    assert packed.is_contiguous()
+    assert torch.equal(layout.unpack(packed), rows)
+    assert packed.count_nonzero() == rows.count_nonzero()
+
+
+@pytest.mark.parametrize(("dim", "groups"), SHAPES[:-2])
+def test_weights_multiply_as_they_did(dim, groups):
+    layout = Layout(dim, groups)
+    weight, rows = torch.randn(2, dim, dim).double(), torch.randn(2, 3, dim).double()
+    packed = layout.pack_weight(weight)
+    assert packed.shape == (2, layout.width, layout.width)
+    assert torch.equal(layout.unpack_weight(packed), weight)
+    got = layout.unpack(layout.pack(rows) @ packed)
+    torch.testing.assert_close(got, rows @ weight.transpose(1, 2))
+
+
+def test_groups_that_do_not_divide():
+    with pytest.raises(ValueError, match="groups: got 3 for dim 20, expected a divisor"):
+        Layout(20, 3)
