@@ -5,10 +5,13 @@
     primitives  device functions: product and GroupNorm of one group
     anderson    device functions: Gram row, small solve
     solver      device functions: when a row ends, its next iterate
+    rows        what a launch of schedule *row* allocates
     modality    the modality equilibria in one launch (schedule *row*)
+    fusion      the fusion equilibrium in one launch (schedule *row*)
+    targets     programs compiled ahead of time, and what they need
 
-The operators do not launch programs yet: `kernels.modality` is complete and tested, but the fusion
-block and the backward pass are not written, so every solve runs on the reference implementation.
+The operators do not launch programs yet: the two forward solves are written and tested in the
+interpreter, the backward pass is not, so every solve runs on the reference implementation.
 This package imports nothing of ``deqfusion``, and no Triton until asked, so that it can be
 inspected on machines that have neither.
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import importlib
 
-#: Names of the GPU programs that can be launched.
+#: Names of the GPU programs that the operators launch.
 PROGRAMS: tuple[str, ...] = ()
 
 
@@ -40,5 +43,5 @@ def status() -> tuple[bool, str]:
     version = triton_version()
     found = f"Triton {version} imports" if version else "Triton cannot be imported"
     if not PROGRAMS:
-        return False, f"{found}; this version contains no GPU programs"
+        return False, f"{found}; the operators launch no GPU programs yet"
     return version is not None, f"{found}; programs: {', '.join(PROGRAMS)}"

@@ -24,7 +24,7 @@ class RowConfig:
     """
 
     rows: int = 16
-    depth: int = 64
+    depth: int = 32
     warps: int = 8
     stages: int = 2
 

@@ -15,9 +15,7 @@ Source: arXiv 2306.16645, equations 3 to 5.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +24,8 @@ from .anderson import zeros
 from .config import RowConfig, SolveOptions
 from .layout import Layout
 from .primitives import normalise, product, product_precision
-from .solver import advance, judge
+from .rows import RowSolution, Workspace
+from .solver import finish, record
 
 
 @triton.jit(do_not_specialize=["rows", "max_steps"])
@@ -51,7 +50,8 @@ def modality_row_kernel(
     x, z, h = x + own * D, z + own * D, h + own * D
     state, best_g = state + own * D, best_g + own * D
     f, g = f + own * D, g + own * D
-    gram_rows = gram + own * (M * M) + local * (M * M)
+    gram, status = gram + own * (M * M), status + own
+    steps, residual = steps + own, residual + own
     w1, w2 = w1 + k * D * D, w2 + k * D * D
     b1, n1, c1, b2, n2 = b1 + k * D, n1 + k * D, c1 + k * D, b2 + k * D, n2 + k * D
     c2, n3, c3 = c2 + k * D, n3 + k * D, c3 + k * D
@@ -74,7 +74,6 @@ def modality_row_kernel(
             u = tl.where(u == u, tl.maximum(u, 0.0), u)
             tl.store(h + (local[:, None] * D + at[None, :]), u)
         tl.debug_barrier()
-        newest = (step % M).to(tl.int64) if M > 0 else tl.zeros([], tl.int64)
         g2 = tl.zeros([BM], dtype=tl.float32)
         f2 = tl.zeros([BM], dtype=tl.float32)
         dots = zeros(M, BM)
@@ -88,47 +87,16 @@ def modality_row_kernel(
                 t += tl.load(z + tile)
             t = tl.where(t == t, tl.maximum(t, 0.0), t)
             t = normalise(t, tl.load(n3 + at), tl.load(c3 + at), column, DG)
-            f2 += tl.sum(t * t, 1)
-            tl.store(f + newest * history + tile, t)
-            t -= tl.load(z + tile)
-            g2 += tl.sum(t * t, 1)
-            tl.store(g + newest * history + tile, t)
-            if M > 1:
-                sums = ()
-                for j in tl.static_range(M):
-                    other = tl.load(g + j * history + tile, mask=live[:, None] & (j <= step),
-                                    other=0.0)  # fmt: skip
-                    other = tl.where(newest == j, t, other)
-                    sums = sums + (dots[j] + tl.sum(other * t, 1),)
-                dots = sums
+            g2, f2, dots = record(t, z, f, g, history, tile, step, live, g2, f2, dots, M)
         tl.debug_barrier()
-        last = step + 1 == max_steps
-        improved, ended, code, lost, best, improved_at = judge(
-            tl.sqrt(g2), tl.sqrt(f2), step, running, best, improved_at, restarts, rtol, atol, last,
-            RELATIVE,
-        )  # fmt: skip
-        tl.store(status + own + local, code, mask=ended)
-        tl.store(steps + own + local, tl.zeros([BM], dtype=tl.int32) + step + 1, mask=ended)
-        tl.store(residual + own + local, best, mask=ended)
-        running = running & (ended == 0)
-        restarts += lost.to(tl.int32)
-        first = tl.where(lost, step + 1, first)
-        advance(
-            z, state, best_g, f, g, history, gram_rows, dots, step, first, ridge, mixing, improved,
-            running, lost, restarts, G, P, M, BM, RELATIVE,
+        running, best, improved_at, restarts, first = finish(
+            z, state, best_g, f, g, history, gram, status, steps, residual, g2, f2, dots, step,
+            max_steps, running, best, improved_at, restarts, first, rtol, atol, ridge, mixing,
+            G, P, M, BM, RELATIVE,
         )  # fmt: skip
         tl.debug_barrier()
         step += 1
         going = tl.max(running.to(tl.int32), 0)
-
-
-class RowSolution(NamedTuple):
-    """State (N, R, d) fp32, status and steps int32 and residual fp32 (N, R)."""
-
-    state: Tensor
-    status: Tensor
-    steps: Tensor
-    residual: Tensor
 
 
 def solve_modality_row(
@@ -158,47 +126,21 @@ def solve_modality_row(
     """
     count, rows, dim = x.shape
     layout = Layout(dim, groups)
-    size = -(-rows // config.rows) * config.rows
+    space = Workspace.new(x, count, rows, layout, options, config, init, present)
     weight1, bias1, norm1, shift1, weight2, bias2, norm2, shift2, norm3, shift3 = parameters
-    low = torch.bfloat16 if options.precision == "low" else torch.float32
-    precision = product_precision(options.precision)
-
-    def packed(t: Tensor | None = None) -> Tensor:
-        out = x.new_zeros(count, size, layout.width, dtype=torch.float32)
-        if t is not None:
-            out[:, :rows] = layout.pack(t.float())
-        return out
-
-    def vector(t: Tensor) -> Tensor:
-        return layout.pack(t.float())
-
-    start = None if init is None else torch.where(init.isfinite(), init, 0.0)
-    slots = max(options.memory, 1)
-    history = x.new_empty(2, slots, count, size, layout.width, dtype=torch.float32)
-    status = x.new_zeros(count, size, dtype=torch.int32)
-    steps = torch.zeros_like(status)
-    residual = x.new_full((count, size), torch.inf, dtype=torch.float32)
-    state = packed(start)
-    there = status
-    if present is not None:
-        there = torch.zeros_like(status)
-        there[:, :rows] = present
-        state[:, :rows] *= present.unsqueeze(-1)
-        residual[:, :rows].masked_fill_(~present, 0.0)
     if rows:
-        modality_row_kernel[size // config.rows, count](
-            packed(x), packed(init), packed(), state, packed(), history[0], history[1],
-            x.new_empty(count, size, slots, slots, dtype=torch.float32), status, steps, residual,
-            there, layout.pack_weight(weight1.to(low)), vector(bias1), vector(norm1),
-            vector(shift1), layout.pack_weight(weight2.to(low)), vector(bias2), vector(norm2),
-            vector(shift2), vector(norm3), vector(shift3),
-            rows, size, options.max_steps, options.rtol, options.atol, options.ridge,
+        modality_row_kernel[space.programs, count](
+            space.packed(x), space.z, space.packed(), *space.outputs, space.present,
+            layout.pack_weight(weight1.to(space.weight_dtype)), space.vector(bias1),
+            space.vector(norm1), space.vector(shift1),
+            layout.pack_weight(weight2.to(space.weight_dtype)), space.vector(bias2),
+            space.vector(norm2), space.vector(shift2), space.vector(norm3), space.vector(shift3),
+            rows, space.size, options.max_steps, options.rtol, options.atol, options.ridge,
             options.mixing, int(init is None),
             G=groups, DG=layout.group, P=layout.padded, BM=config.rows,
             BK=min(config.depth, layout.padded), M=options.memory, SKIP=skip,
-            RELATIVE=options.relative, PRESENT=present is not None, PRECISION=precision,
+            RELATIVE=options.relative, PRESENT=present is not None,
+            PRECISION=product_precision(options.precision),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return RowSolution(
-        layout.unpack(state[:, :rows]), *(t[:, :rows].clone() for t in (status, steps, residual))
-    )
+    return space.solution()

@@ -23,6 +23,29 @@ NON_FINITE = tl.constexpr(3)
 
 
 @triton.jit
+def record(t, z, f, g, history, tile, step, live, g2, f2, dots, M: tl.constexpr):
+    """Stores an evaluation t [BM, P] of z and its residual in the newest slot of the history.
+
+    Returns g2, f2 [BM] and dots (M of [BM]) with this group's part added.
+    """
+    newest = (step % M).to(tl.int64) if M > 0 else tl.zeros([], tl.int64)
+    f2 += tl.sum(t * t, 1)
+    tl.store(f + newest * history + tile, t)
+    t -= tl.load(z + tile)
+    g2 += tl.sum(t * t, 1)
+    tl.store(g + newest * history + tile, t)
+    if M > 1:
+        sums = ()
+        for j in tl.static_range(M):
+            # A slot that nothing was stored in yet is not read.
+            other = tl.load(g + j * history + tile, mask=live[:, None] & (j <= step), other=0.0)
+            other = tl.where(newest == j, t, other)
+            sums = sums + (dots[j] + tl.sum(other * t, 1),)
+        dots = sums
+    return g2, f2, dots
+
+
+@triton.jit
 def judge(
     gn, fn, step, running, best, improved_at, restarts, rtol, atol, last,
     RESTART: tl.constexpr,
@@ -91,3 +114,33 @@ def advance(
             step_back = tl.load(best_g + tile, mask=lost[:, None], other=0.0)
             following = tl.where(lost[:, None], best - back[:, None] * step_back, following)
         tl.store(z + tile, following, mask=moving[:, None])
+
+
+@triton.jit
+def finish(
+    z, state, best_g, f, g, history, gram, status, steps, residual, g2, f2, dots, step, max_steps,
+    running, best, improved_at, restarts, first, rtol, atol, ridge, mixing,
+    G: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr,
+):  # fmt: skip
+    """The rest of a step once all groups are evaluated: ends rows, stores, the next iterates.
+
+    Pointers are those of the program's first row; status, steps, residual are written for rows
+    that end. Returns running, best, improved_at, restarts, first; all [BM].
+    """
+    local = tl.arange(0, BM)
+    last = step + 1 == max_steps
+    improved, ended, code, lost, best, improved_at = judge(
+        tl.sqrt(g2), tl.sqrt(f2), step, running, best, improved_at, restarts, rtol, atol, last,
+        RELATIVE,
+    )  # fmt: skip
+    tl.store(status + local, code, mask=ended)
+    tl.store(steps + local, tl.zeros([BM], dtype=tl.int32) + step + 1, mask=ended)
+    tl.store(residual + local, best, mask=ended)
+    running = running & (ended == 0)
+    restarts += lost.to(tl.int32)
+    first = tl.where(lost, step + 1, first)
+    advance(
+        z, state, best_g, f, g, history, gram + local * (M * M), dots, step, first, ridge, mixing,
+        improved, running, lost, restarts, G, P, M, BM, RELATIVE,
+    )  # fmt: skip
+    return running, best, improved_at, restarts, first

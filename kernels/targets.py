@@ -1,0 +1,236 @@
+"""Programs compiled ahead of time for devices that are not there, and what they need.
+
+    python -m deqfusion.kernels.targets [--target sm_90 ...]
+
+Compiles every program in its shipped configurations and prints, per program and target, registers,
+stack (bytes spilled per thread), shared memory and the tensor-core instructions of its products.
+Exit code 1 if a program spills, needs more shared memory than the device has, or multiplies without
+tensor cores; 2 for bad options.
+
+Registers, stack and instructions are read from the binaries with the tools inside Triton's wheel;
+for AMD devices the compiler's own notes in the assembly say them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device: Triton's name of it, and the shared memory that a program may have, in bytes."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+"""Shared memory: CUDA C++ programming guide, table of compute capabilities (163 and 227 KB per
+block); AMD CDNA3 instruction set guide (64 KB of LDS per workgroup)."""
+
+_TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|v_mfma\w*)")
+
+
+_TYPES = {
+    **dict.fromkeys(("status", "steps", "present"), "*i32"),
+    **dict.fromkeys(("w1", "w2", "wg", "wf"), "*bf16"),
+    **dict.fromkeys(("rows", "padded_rows", "max_steps", "from_zero"), "i32"),
+    **dict.fromkeys(("rtol", "atol", "ridge", "mixing"), "fp32"),
+}
+"""Triton's names of the types of the arguments that are not fp32 pointers."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A kernel and what it is specialised on.
+
+    Attributes:
+        name: for the report.
+        kernel: "modality" or "fusion", of schedule row.
+        constants: values of its `tl.constexpr` arguments.
+        warps, stages: as launched.
+    """
+
+    name: str
+    kernel: str
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one program needs on one target; stack and shared in bytes, -1 where not known."""
+
+    program: str
+    target: str
+    registers: int
+    stack: int
+    shared: int
+    products: dict[str, int]
+
+    def faults(self) -> list[str]:
+        """Why the program must not be shipped; empty if it may."""
+        found = []
+        if self.stack > 0:
+            found.append(f"spills {self.stack} bytes per thread")
+        limit = TARGETS[self.target].shared
+        if self.shared > limit:
+            found.append(f"needs {self.shared} bytes of shared memory, the device has {limit}")
+        if not self.products:
+            found.append("multiplies without tensor cores")
+        return found
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{count} {name}" for name, count in sorted(self.products.items()))
+        return (
+            f"{self.program:<24} {self.target:<7} registers {self.registers:>3}  stack "
+            f"{self.stack:>4}  shared {self.shared:>6}  {products or 'no tensor cores'}"
+        )
+
+
+def programs() -> list[Program]:
+    """The shipped configurations: schedule row, bfloat16 products, at the paper's widths."""
+    from .config import RowConfig
+    from .layout import Layout
+
+    config = RowConfig()
+    found = []
+    for dim in (128, 500):
+        layout = Layout(dim, 4)
+        shared = {
+            "G": layout.groups, "DG": layout.group, "P": layout.padded, "BM": config.rows,
+            "BK": min(config.depth, layout.padded), "M": 5, "RELATIVE": True, "PRECISION": "low",
+        }  # fmt: skip
+        for skip in (False, True):
+            constants = {**shared, "SKIP": skip, "PRESENT": False}
+            name = f"modality d={dim}{' skip' if skip else ''}"
+            found.append(Program(name, "modality", constants, config.warps, config.stages))
+        for gate in ("sigmoid", "identity"):
+            constants = {
+                **shared, "N": 3, "SIGMOID": gate == "sigmoid", "GATE_MASK": 0,
+                "FUSION_MASK": False, "RELU_LAST": False,
+            }  # fmt: skip
+            name = f"fusion d={dim} {gate}"
+            found.append(Program(name, "fusion", constants, config.warps, config.stages))
+    return found
+
+
+def compiled(program: Program, target: str) -> Report:
+    """Compiles a program and reads what it needs.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET, which compiles nothing.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from .fusion import fusion_row_kernel
+    from .modality import modality_row_kernel
+
+    kernel = {"modality": modality_row_kernel, "fusion": fusion_row_kernel}[program.kernel]
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set, expected it unset to compile programs")
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in program.constants else _TYPES.get(name, "*fp32")
+        for name in names
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in program.constants.items()},
+        # Tensors of torch begin at multiples of 16 bytes.
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if signature[name].startswith("*")
+        },
+    )
+    device = TARGETS[target]
+    binary = triton.compile(
+        source,
+        target=GPUTarget(device.backend, device.arch, device.warp),
+        options={"num_warps": program.warps, "num_stages": program.stages},
+    )
+    registers, stack, code = (
+        _nvidia(binary.asm["cubin"]) if device.backend == "cuda" else _amd(binary.asm["amdgcn"])
+    )
+    products: dict[str, int] = {}
+    for name in _TENSOR_CORES.findall(code):
+        products[name] = products.get(name, 0) + 1
+    return Report(program.name, target, registers, stack, binary.metadata.shared, products)
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, str]:
+    """Registers and stack bytes per thread, and the machine code."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.cubin"
+        path.write_bytes(cubin)
+        usage = _output([str(tools / "cuobjdump"), "--dump-resource-usage", str(path)])
+        code = _output([str(tools / "nvdisasm"), "--print-code", str(path)])
+    registers, stack = (
+        int(match.group(1)) if (match := re.search(rf"{name}:(\d+)", usage)) else -1
+        for name in ("REG", "STACK")
+    )
+    return registers, stack, code
+
+
+def _amd(assembly: str) -> tuple[int, int, str]:
+    """Vector registers and scratch bytes per thread, and the assembly."""
+    registers, stack = (
+        int(match.group(1)) if (match := re.search(rf"\.{name}:\s*(\d+)", assembly)) else -1
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return registers, stack, assembly
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deqfusion.kernels.targets",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--target", action="append", choices=list(TARGETS), help="repeatable; default: all"
+    )
+    options = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)
+    failed = False
+    for program in programs():
+        for target in options.target or TARGETS:
+            report = compiled(program, target)
+            print(report, flush=True)
+            for fault in report.faults():
+                failed = True
+                print(f"  {report.program} on {target} {fault}", file=sys.stderr)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
