@@ -123,7 +123,7 @@ class Anderson(Solver):
         ladder: "auto" runs the steps far from the tolerance with bfloat16 products where the
             processor has fast ones and the layer is at least 256 wide; the last steps, the residual
             that stops a row and the returned state are in the features' precision. "off" uses the
-            features' precision throughout, which below some 50 rows is the faster.
+            features' precision throughout, which for few rows (24 of width 768, say) is the faster.
     """
 
     memory: int = 5

@@ -40,6 +40,7 @@ def fusion_row_kernel(
     FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, RELATIVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """The fusion solve of BM rows; arguments and tiles: the head of this file."""
     D: tl.constexpr = G * P
     begin = tl.program_id(0).to(tl.int64) * BM
     local = tl.arange(0, BM)  # [BM]

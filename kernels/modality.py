@@ -37,6 +37,7 @@ def modality_row_kernel(
     M: tl.constexpr, SKIP: tl.constexpr, RELATIVE: tl.constexpr,
     PRESENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """The solve of BM rows of a modality; arguments and tiles: the head of this file."""
     D: tl.constexpr = G * P
     k = tl.program_id(1).to(tl.int64)
     begin = tl.program_id(0).to(tl.int64) * BM

@@ -52,7 +52,7 @@ def judge(
 ):  # fmt: skip
     """What the residual norms gn, fn [BM] of an evaluation decide for the rows.
 
-    Returns improved, ended, code, lost, best, improved_at, relative; all [BM].
+    Returns improved, ended, code, lost, best, improved_at; all [BM].
     """
     finite = (gn < float("inf")) & (fn < float("inf"))
     relative = tl.minimum(gn / tl.maximum(fn, 1.1754943508222875e-38), 3.4028234663852886e38)

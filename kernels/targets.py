@@ -90,6 +90,8 @@ class Report:
         found = []
         if self.stack > 0:
             found.append(f"spills {self.stack} bytes per thread")
+        if self.stack < 0:
+            found.append("does not say how much it spills")
         limit = TARGETS[self.target].shared
         if self.shared > limit:
             found.append(f"needs {self.shared} bytes of shared memory, the device has {limit}")

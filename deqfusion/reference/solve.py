@@ -126,6 +126,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def accelerator_of(o: SolverOptions) -> Accelerator:
+    """A fresh accelerator of the solver."""
     if o.method == "broyden":
         return Broyden(o.memory)
     if o.method == "picard" or o.memory == 0:
@@ -136,6 +137,7 @@ def accelerator_of(o: SolverOptions) -> Accelerator:
 def settings_of(
     o: SolverOptions, tolerance: Tensor | None, example: Tensor, width: int
 ) -> Settings:
+    """When rows end, and whether the ladder is climbed; `tolerance` replaces `o.rtol`."""
     ladder = o.ladder and example.dtype == torch.float32 and width >= LADDER_WIDTH
     ladder = ladder and fast_bfloat16()
     rtol = o.rtol if tolerance is None else tolerance
@@ -172,6 +174,7 @@ def run_loop(
     trace: Tensor | None,
     example: Tensor,
 ) -> Outcome:
+    """Solves one chunk by the loop of its device; arguments as `fixed_point_masked` takes them."""
     loop = fixed_point if example.device.type == "cpu" else fixed_point_masked
     return loop(block, start, accelerator_of(o), settings, active, trace, example)
 
@@ -297,6 +300,7 @@ def fusion_block(
     cell: CellOptions,
     dtype: torch.dtype,
 ) -> FusionBlock:
+    """The fusion block in `dtype`, with the gate constants of modalities (N, R, d)."""
     p = FusionParameters(*(t.to(dtype) for t in p))
     masks = (None if m is None else m.to(dtype) for m in (gate_mask, fusion_mask))
     constants = gate_constants(modalities.to(dtype), p, cell)

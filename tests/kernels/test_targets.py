@@ -29,6 +29,7 @@ def test_shipped_configurations(target):
 @pytest.mark.parametrize(
     ("stack", "shared", "products", "fault"),
     [(8, 0, {"HMMA": 1}, "spills 8 bytes per thread"),
+     (-1, 0, {"HMMA": 1}, "does not say how much it spills"),
      (0, 10**6, {"HMMA": 1}, "needs 1000000 bytes of shared memory"),
      (0, 0, {}, "without tensor cores")],
 )  # fmt: skip
