@@ -95,24 +95,28 @@ def implementations(registered: dict[str, list[str]]) -> dict[str, dict[str, str
         From the kind of device to ``implementation`` and ``reason``.
     """
     try:
-        asked = ops.backend()
+        chosen = {device: ops.implementation(device) for device in DISPATCH_KEYS}
     except ValueError as error:
         return {
             device: {"implementation": "none: every solve is refused", "reason": str(error)}
             for device in DISPATCH_KEYS
         }
-    _, programs = kernels.status()
+    usable, programs = kernels.status()
     result = {}
     for device in DISPATCH_KEYS:
         without = [name for name, devices in registered.items() if device not in devices]
         if without or not registered:
             answer = ("none", f"not registered: {', '.join(without) or 'any operator'}")
-        elif asked == "reference":
+        elif chosen[device] == "triton":
+            name = "triton" if usable else "none: every solve is refused"
+            reason = programs
+            if device == "cpu" and usable and not kernels.interpreted():
+                name, reason = "none: every solve is refused", "TRITON_INTERPRET=1 is not set"
+            answer = (name, reason)
+        elif ops.backend() == "reference":
             answer = ("reference", "DEQFUSION_BACKEND=reference asks for it")
-        elif device == "cpu":
-            answer = ("reference", "the implementation for CPU tensors, in PyTorch")
         else:
-            answer = ("reference", f"no GPU program to run instead: {programs}")
+            answer = ("reference", "the implementation for CPU tensors, in PyTorch")
         result[device] = dict(zip(("implementation", "reason"), answer, strict=True))
     return result
 

@@ -7,10 +7,12 @@ r"""The operators: one per solve and one per backward pass of a block.
     deqfusion::joint_equilibrium      the whole state as one problem (for the paper's traces)
 
 Schemas are functional, take plain values and tensors, and never alias an input. The device of the
-features decides the implementation; CPU and, until the Triton programs are there, CUDA run the
-PyTorch reference (on CUDA without any synchronisation). `DEQFUSION_BACKEND` may name it:
-"reference" asks for it explicitly; anything else that is not installed is an error, not a fallback.
-The autograd formulas are in `deqfusion.functional`.
+features decides the implementation: CPU tensors the PyTorch reference, CUDA (and ROCm) tensors the
+Triton programs (`deqfusion.programs`). There is no fallback: what the programs do not have
+(float64, Broyden, memory above 8) is an error there. `joint_equilibrium`, which is for comparison,
+is the reference on either. `DEQFUSION_BACKEND` overrides: "reference" everywhere (on CUDA without
+any synchronisation), "triton" the programs on CPU tensors too, in Triton's interpreter. The
+autograd formulas are in `deqfusion.functional`.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqfusion import programs
 from deqfusion.reference import adjoint, joint, solve
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.reference.solve import SolverOptions
 
-__all__ = ["BACKENDS", "backend"]
+__all__ = ["BACKENDS", "backend", "implementation"]
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "triton")
 
 _CELL = "int num_groups, str gate, str gate_input, bool skip, str tail"
 _SOLVER = "str solver"
@@ -67,6 +70,21 @@ def backend() -> str:
     return name
 
 
+def implementation(device: str, operator: str = "modality_equilibrium") -> str:
+    """Which implementation an operator runs on tensors of a kind of device ("cpu" or "cuda").
+
+    Returns:
+        "reference" or "triton".
+
+    Raises:
+        ValueError: as `backend` does.
+    """
+    asked = backend()
+    if operator == "joint_equilibrium" or asked == "reference":
+        return "reference"
+    return "triton" if asked == "triton" or device == "cuda" else "reference"
+
+
 def _split(values: tuple[Any, ...], *counts: int) -> list[tuple[Any, ...]]:
     """Cuts `values` into runs of the given lengths and the rest."""
     out, at = [], 0
@@ -77,6 +95,14 @@ def _split(values: tuple[Any, ...], *counts: int) -> list[tuple[Any, ...]]:
     return out
 
 
+def _triton(x: Tensor) -> bool:
+    """Whether the Triton programs run on features x; checks that they can."""
+    if implementation(x.device.type) != "triton":
+        return False
+    programs.available(x.device)
+    return True
+
+
 # --- what each operator computes -----------------------------------------------------------------
 
 
@@ -85,8 +111,9 @@ def _modality_equilibrium(
 ) -> tuple[Tensor, ...]:
     p, c, s, (tolerance, record) = _split(rest, _M, _C, _S)
     parameters, cell, solver = ModalityParameters(*p), CellOptions(*c), SolverOptions.decode(*s)
+    chosen = programs if _triton(x) else solve
     return tuple(
-        solve.solve_modality(x, init, present, parameters, cell, solver, tolerance, record)
+        chosen.solve_modality(x, init, present, parameters, cell, solver, tolerance, record)
     )
 
 
@@ -94,16 +121,10 @@ def _modality_adjoint(
     gradient: Tensor, z: Tensor, status: Tensor, x: Tensor, present: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     p, c, s, _ = _split(rest, _M, _C, _S)
-    dx, grads, outcome = adjoint.adjoint_modality(
-        gradient,
-        z,
-        status,
-        x,
-        present,
-        ModalityParameters(*p),
-        CellOptions(*c),
-        SolverOptions.decode(*s),
-    )
+    values = ModalityParameters(*p), CellOptions(*c), SolverOptions.decode(*s)
+    if _triton(x):
+        return programs.adjoint_modality(gradient, z, status, x, present, *values)
+    dx, grads, outcome = adjoint.adjoint_modality(gradient, z, status, x, present, *values)
     return dx, *grads, *outcome[1:]
 
 
@@ -112,7 +133,8 @@ def _fusion_equilibrium(
     fusion_mask: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p, c, s, (tolerance, record) = _split(rest, _F, _C, _S)
-    solution = solve.solve_fusion(
+    chosen = programs if _triton(injection) else solve
+    solution = chosen.solve_fusion(
         modalities, injection, init, gate_mask, fusion_mask, FusionParameters(*p), CellOptions(*c),
         SolverOptions.decode(*s), tolerance, record,
     )  # fmt: skip
@@ -124,10 +146,11 @@ def _fusion_adjoint(
     gate_mask: Tensor | None, fusion_mask: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p, c, s, _ = _split(rest, _F, _C, _S)
-    dm, dx, grads, outcome = adjoint.adjoint_fusion(
-        gradient, z, status, modalities, injection, gate_mask, fusion_mask, FusionParameters(*p),
-        CellOptions(*c), SolverOptions.decode(*s),
-    )  # fmt: skip
+    values = FusionParameters(*p), CellOptions(*c), SolverOptions.decode(*s)
+    tensors = gradient, z, status, modalities, injection, gate_mask, fusion_mask
+    if _triton(injection):
+        return programs.adjoint_fusion(*tensors, *values)
+    dm, dx, grads, outcome = adjoint.adjoint_fusion(*tensors, *values)
     return dm, dx, *grads, *(t.squeeze(0) for t in outcome[1:])
 
 
@@ -227,7 +250,6 @@ def _register() -> None:
 
 def _checked(reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        backend()
         # The first argument of every operator is a tensor. Autocast would reach into the solve.
         with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
             return reference(*args)

@@ -1,17 +1,18 @@
-"""GPU programs of the equilibrium solves; installed as ``deqfusion.kernels``.
+"""GPU programs of the equilibrium solves and their adjoints; installed as ``deqfusion.kernels``.
 
-    layout      channels padded group by group, weights packed
-    config      tiles and options of a program
-    primitives  device functions: product and GroupNorm of one group
-    anderson    device functions: Gram row, small solve
-    solver      device functions: when a row ends, its next iterate
-    rows        what a launch of schedule *row* allocates
-    modality    the modality equilibria in one launch (schedule *row*)
-    fusion      the fusion equilibrium in one launch (schedule *row*)
-    targets     programs compiled ahead of time, and what they need
+    layout            channels padded group by group, weights packed
+    packing           packed parameters, kept while they do not change
+    config            schedule, tiles and options of a program
+    primitives        device functions: products, GroupNorm and its VJP
+    anderson          device functions: Gram row, small solve
+    schedule          device functions: how the groups of a row meet
+    solver            device functions: when a row ends, its next iterate
+    modality, fusion  the equilibria in one launch
+    modality_adjoint, fusion_adjoint    their gradients, up to those of the parameters
+    gradients         gradients of the parameters
+    launch, solves    the same as functions of tensors
+    targets           programs compiled ahead of time, and what they need
 
-The operators do not launch programs yet: the two forward solves are written and tested in the
-interpreter, the backward pass is not, so every solve runs on the reference implementation.
 This package imports nothing of ``deqfusion``, and no Triton until asked, so that it can be
 inspected on machines that have neither.
 """
@@ -21,7 +22,13 @@ from __future__ import annotations
 import importlib
 
 #: Names of the GPU programs that the operators launch.
-PROGRAMS: tuple[str, ...] = ()
+PROGRAMS: tuple[str, ...] = (
+    "modality_solve_kernel",
+    "fusion_solve_kernel",
+    "modality_adjoint_kernel",
+    "fusion_adjoint_kernel",
+    "parameter_gradients_kernel",
+)
 
 
 def triton_version() -> str | None:
@@ -33,15 +40,21 @@ def triton_version() -> str | None:
     return str(triton.__version__)
 
 
+def interpreted() -> bool:
+    """Whether the programs run in Triton's interpreter, on CPU tensors."""
+    return triton_version() is not None and bool(
+        importlib.import_module(".primitives", __name__).interpreted()
+    )
+
+
 def status() -> tuple[bool, str]:
     """Say whether the GPU programs can run, and why (not).
 
     Returns:
-        A pair ``(usable, reason)``: ``usable`` is True when Triton imports and at least one
-        program exists; ``reason`` is one sentence for a person.
+        A pair ``(usable, reason)``: ``usable`` is True when Triton imports; ``reason`` is one
+        sentence for a person.
     """
     version = triton_version()
-    found = f"Triton {version} imports" if version else "Triton cannot be imported"
-    if not PROGRAMS:
-        return False, f"{found}; the operators launch no GPU programs yet"
-    return version is not None, f"{found}; programs: {', '.join(PROGRAMS)}"
+    if version is None:
+        return False, "Triton cannot be imported: pip install triton"
+    return True, f"Triton {version} imports; programs: {', '.join(PROGRAMS)}"

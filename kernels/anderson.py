@@ -3,9 +3,10 @@ r"""Anderson mixing of a block of rows on the device: Gram row, small solve, nex
     H_ij = <g_i, g_j>,   (H + ridge tr(H) / n I) a = 1,   a <- a / sum a
     z_next = beta sum_j a_j f_j + (1 - beta) sum_j a_j (f_j - g_j)
 
-A program owns BM rows. The history of the last M evaluations is two tensors (M, rows, D) in global
+A program owns BM rows. The history of the last M evaluations is two tensors (M, rows, W) in global
 memory, slot s holding the evaluation of step s mod M; only the Gram row of the newest is computed.
-The Gram matrix (rows, M, M) is kept beside it, its lower half read into registers, a vector over
+What there is one of per row and slot is a tile [BM, 8], the most slots that there are. The Gram
+matrix (rows, M, M) is kept beside the history, its lower half read into registers, a vector over
 rows per entry, and eliminated there, unrolled, without pivoting (it is symmetric, and positive
 definite up to rounding): a pivot that rounding leaves at or below 0 takes its entry out of the
 mixture. Entries from before `first` (a restart) are out likewise. All of it is fp32. M of 0 and 1
@@ -21,40 +22,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def zeros(M: tl.constexpr, BM: tl.constexpr):
-    """M zero vectors [BM]."""
-    out = ()
-    for _ in tl.static_range(M):
-        out = out + (tl.zeros([BM], dtype=tl.float32),)
-    return out
+SLOTS = tl.constexpr(8)
 
 
 @triton.jit
-def valid(slot: tl.constexpr, step, first, M: tl.constexpr):
+def valid(slot, step, first, M: tl.constexpr):
     """Whether a slot holds, after the evaluation of `step`, one that counts for each row [BM]."""
     held = step - (step - slot + M) % M
     return (held >= first) & (held >= 0)
 
 
 @triton.jit
-def remember(gram_rows, dots, step, M: tl.constexpr):
-    """Stores dots (M of [BM]) as row and column of the newest slot; gram_rows: pointers [BM]."""
-    newest = step % M
-    for j in tl.static_range(M):
-        tl.store(gram_rows + newest * M + j, dots[j])
-        tl.store(gram_rows + j * M + newest, dots[j])
+def column_of(tile, slot):
+    """Column `slot` [BM] of a tile [BM, 8]."""
+    return tl.sum(tl.where((tl.arange(0, SLOTS) == slot)[None, :], tile, 0.0), 1)
 
 
 @triton.jit
-def mixture(
-    gram_rows, step, first, ridge, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr
-):
-    """Weights a, M of [BM], of the history slots after the evaluation of `step`.
+def with_column(tile, slot, value):
+    """The tile [BM, 8] with value [BM] added to column `slot`."""
+    return tile + tl.where((tl.arange(0, SLOTS) == slot)[None, :], value[:, None], 0.0)
 
-    first [BM]: the first step that counts.
+
+@triton.jit
+def remember(gram, dots, step, M: tl.constexpr, BM: tl.constexpr):
+    """Stores dots [BM, 8] as row and column of the newest slot; gram: of the program's rows."""
+    newest = step % M
+    rows = gram + tl.arange(0, BM)[:, None] * (M * M)
+    slot = tl.arange(0, SLOTS)[None, :]
+    there = (slot < M) & (tl.arange(0, BM)[:, None] >= 0)
+    tl.store(rows + (newest * M + slot), dots, mask=there)
+    tl.store(rows + (slot * M + newest), dots, mask=there)
+
+
+@triton.jit
+def mixture(gram, step, first, ridge, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr):
+    """Weights a [BM, 8] of the history slots after the evaluation of `step`.
+
+    gram: of the program's rows; first [BM]: the first step that counts.
     """
+    gram_rows = gram + tl.arange(0, BM) * (M * M)
     count = tl.zeros([BM], dtype=tl.float32)
     trace = tl.zeros([BM], dtype=tl.float32)
     a = ()
@@ -106,8 +113,8 @@ def mixture(
         total += value
     newest = step % M
     sound = (total != 0.0) & (total - total == 0.0)
-    weights = ()
+    weights = tl.zeros([BM, SLOTS], dtype=tl.float32)
     for j in tl.static_range(M):
         plain = tl.where(newest == j, 1.0, 0.0)
-        weights = weights + (tl.where(sound, solved[M - 1 - j] / total, plain),)
+        weights = with_column(weights, j, tl.where(sound, solved[M - 1 - j] / total, plain))
     return weights

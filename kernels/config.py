@@ -1,4 +1,4 @@
-"""How a program is cut into tiles, and how its products are rounded."""
+"""How a program is cut into tiles, which schedule runs it, and how its products are rounded."""
 
 from __future__ import annotations
 
@@ -8,27 +8,37 @@ MAX_MEMORY = 8
 PRECISIONS = ("ieee", "tf32", "tf32x3", "low")
 """Of products: fp32 as it is, in tensor-core formats of 10 and of 3 times 10 bits, and bfloat16."""
 
+SCHEDULES = ("row", "cooperative")
+MAX_PADDED = 1024
+"""Channels of a padded group that a tile may have."""
+
 
 @dataclass(frozen=True)
-class RowConfig:
-    """Schedule *row*: one program runs the whole solve of some rows.
+class Config:
+    """Tiles and schedule of a program.
 
     Args:
+        schedule: "row": one program solves some rows; "cooperative": G programs, a group each.
         rows: BM, rows of a program: a power of two, at least 16.
-        depth: BK, channels of a product's inner step: a power of two from 16 to the padded group's
-            width; more is cut to that.
+        depth: BK, channels of a product's inner step: a power of two, at least 16; more than the
+            padded group's width is cut to that.
         warps, stages: as Triton takes them.
 
     Raises:
         ValueError: naming the field, what was got and what was expected.
     """
 
+    schedule: str = "row"
     rows: int = 16
     depth: int = 32
     warps: int = 8
     stages: int = 2
 
     def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule: got {self.schedule!r}, expected one of {', '.join(SCHEDULES)}"
+            )
         for name in ("rows", "depth"):
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
@@ -40,7 +50,7 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class SolveOptions:
-    """A solve in plain values, as `deqfusion.reference.solve.SolverOptions` names them.
+    """A solve in plain values.
 
     Args:
         rtol, atol: a row ends at ||g|| <= atol + rtol ||f||.
@@ -49,6 +59,8 @@ class SolveOptions:
         ridge, relative: of the Gram matrix.
         mixing: beta.
         precision: of products, one of `PRECISIONS`.
+        ladder: whether the first steps have bfloat16 products.
+        truncated: `max_steps` damped steps and no more (phantom gradients); of an adjoint only.
 
     Raises:
         ValueError: naming the field, what was got and what was expected.
@@ -62,6 +74,8 @@ class SolveOptions:
     relative: bool = True
     mixing: float = 1.0
     precision: str = "ieee"
+    ladder: bool = False
+    truncated: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= MAX_MEMORY:
@@ -75,3 +89,51 @@ class SolveOptions:
             raise ValueError(
                 f"precision: got {self.precision!r}, expected one of {', '.join(PRECISIONS)}"
             )
+
+    @property
+    def slots(self) -> int:
+        """M of the programs: evaluations kept, 0 for plain iteration, 1 for a truncated solve."""
+        if self.truncated:
+            return 1
+        return self.memory if self.memory > 1 else 0
+
+    @property
+    def climbs(self) -> bool:
+        """Whether there are two kinds of steps."""
+        return self.ladder and not self.truncated and self.precision != "low"
+
+
+def shipped(schedule: str, *, adjoint: bool, capability: int) -> Config:
+    """What runs where nothing was tuned.
+
+    Args:
+        schedule: of `SCHEDULES`.
+        adjoint: whether for a backward solve.
+        capability: of a CUDA device, as 80 or 90; 0 for others. Below 90 the compiler keeps more of
+            the adjoint in registers, and does not spill only with shallower products in one stage.
+    """
+    if adjoint and 0 < capability < 90:
+        return Config(schedule, rows=16, depth=16, warps=8, stages=1)
+    return Config(schedule, rows=16, depth=32, warps=8, stages=2)
+
+
+GRADIENTS = Config(warps=4, stages=2)
+GRADIENT_TILES = {"BO": 64, "BI": 64, "BR": 32, "BV": 128}
+"""Of the parameters' gradients; a width below 64 is one tile."""
+
+
+def default_config(
+    rows: int, groups: int, blocks: int, processors: int, *, adjoint: bool, capability: int
+) -> Config:
+    """Cooperative while its programs are no more than the multiprocessors, else row.
+
+    Args:
+        rows, groups, blocks: R, G and the number of blocks (N for the modalities, 1 for fusion).
+        processors: multiprocessors of the device; 0 in the interpreter, which cannot wait.
+        adjoint, capability: as in `shipped`.
+    """
+    together = shipped("cooperative", adjoint=adjoint, capability=capability)
+    programs = -(-rows // together.rows) * groups * blocks
+    if 0 < programs <= processors:
+        return together
+    return shipped("row", adjoint=adjoint, capability=capability)

@@ -1,169 +1,205 @@
-r"""The fusion equilibrium in one launch, schedule *row*.
+r"""The fusion equilibrium in one launch (schedules *row* and *cooperative*).
 
-    s = sum_i M_i sigma(W_g z + c_i)      u = s z      v = F (W_f u + b) + x_f
-    f = GN(ReLU(v))                       (tail "norm_relu": ReLU(GN(v)); gate "identity": no sigma)
+    c_i = W_m z_i + b_g                        once per solve                        `constant`
+    s = sum_i M_i sigma(W_g z + c_i)           u = s z                               `gated`
+    v = F (W_f u + b_f) + x_f                  f = GN(ReLU(v))                       `evaluated`
 
-One program owns BM rows and runs their whole solve, like `kernels.modality`: both phases group by
-group, the Anderson step, and again, until its rows have ended. Grid: (ceil(R / BM),).
+(tail "norm_relu": f = ReLU(GN(v)); gate "identity": no sigma.) A program owns BM rows, as in
+`kernels.modality`: both phases, the Anderson step, and again, until the rows have ended. Grid:
+(ceil(R / BM), 1, 1 or G).
 
-Tensors, packed (`kernels.layout`, width D = G P): x_f, z, u, state, best_g (1, R', D) fp32, R' = R
-rounded up to BM; constants c (N, R', D) fp32; gate mask M (N, R') or (N, R', D), fusion mask F
-(1, R', D) fp32; history f, g (M, 1, R', D); weights (D, D) in their own dtype; vectors (D) fp32;
-gram (1, R', M, M); status, steps int32 and residual fp32 (1, R').
+Scratch (packed, width W = G P, R' = R rounded up to BM), fp32: packed modalities and constants (N,
+R', W); x_f, z, u, best_f, best_g (R', W); history f, g (M, R', W); gram (1 or G, R', M, M). Weights
+(W, W), transposed; vectors (4, W): b_g, b_f, weight and bias of GN. Unpacked: modalities (N, R, d),
+x_f, init, out (R, d) and F (R, d) in the dtype of the features; gate mask M (N, R, 1 or d) fp32;
+status, steps int32, residual fp32 (R); trace (R, max_steps, 2) fp32.
 Source: arXiv 2306.16645, equations 6 and 7.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .anderson import zeros
-from .config import RowConfig, SolveOptions
-from .layout import Layout
-from .primitives import normalise, product, product_precision
-from .rows import RowSolution, Workspace
-from .solver import finish, record
+from .primitives import affine, ladder_product, load_true, product, relu, standardise, store_true
+from .schedule import leave, meet, own_groups
+from .solver import exchange, finish, fresh, no_sums, record
 
 
-@triton.jit(do_not_specialize=["rows", "max_steps"])
-def fusion_row_kernel(
-    x, z, u, state, best_g, f, g, gram, status, steps, residual, constants, gate_mask, fusion_mask,
-    wg, wf, bf, nf, cf,
-    rows, padded_rows, max_steps, rtol, atol, ridge, mixing, from_zero,
-    N: tl.constexpr, G: tl.constexpr, DG: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
+@triton.jit
+def constant(
+    m, wm, vectors, group,
+    W: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """c_i [BM, P] of one group; m: packed rows of z_i."""
+    bias = tl.load(vectors + group * P + tl.arange(0, P))
+    return product(m, wm + group * P, W, W, BM, P, BK, PRECISION) + bias[None, :]
+
+
+@triton.jit
+def gate(
+    p, constants, gate_mask, i, rows, begin, local, live, group, column, tile, stride,
+    DIM: tl.constexpr, DG: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
+):  # fmt: skip
+    """(sigma(p + c_i), M_i) of modality i [BM, P]; M_i is 1 without a mask.
+
+    constants: packed, `stride` elements from one modality to the next; GATE_MASK: 0, 1 or DIM.
+    """
+    a = p + tl.load(constants + i * stride + tile)
+    if SIGMOID:
+        a = 1.0 / (1.0 + tl.exp(-a))
+    factor = tl.full(a.shape, 1.0, dtype=tl.float32)
+    if GATE_MASK == 1:
+        at = gate_mask + i * rows.to(tl.int64) + begin + local
+        factor = factor * tl.load(at, mask=live, other=0.0)[:, None]
+    elif GATE_MASK > 1:
+        plane = gate_mask + i * rows.to(tl.int64) * DIM
+        factor = load_true(plane, begin, local, live, group, column, DIM, DG)
+    return a, factor
+
+
+@triton.jit
+def injection_tile(x, begin, local, live, group, column, DIM: tl.constexpr, DG: tl.constexpr):
+    """x_f [BM, P]; ReLU would hide an infinite negative one: it becomes NaN."""
+    value = load_true(x, begin, local, live, group, column, DIM, DG)
+    return tl.where(tl.abs(value) < float("inf"), value, float("nan"))
+
+
+@triton.jit
+def injected(
+    u, wf, lowf, vectors, x_tile, factor, group, depth, exact,
+    W: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, LADDER: tl.constexpr,
+):  # fmt: skip
+    """v [BM, P] of one group; factor: the tile of F, or 1."""
+    bias = tl.load(vectors + W + group * P + tl.arange(0, P))
+    v = ladder_product(
+        u, wf + group * P, lowf + group * P, depth, exact, W, BM, P, BK, PRECISION, LADDER
+    )
+    return (v + bias[None, :]) * factor + x_tile
+
+
+@triton.jit
+def normalised(v, vectors, group, W: tl.constexpr, DG: tl.constexpr, P: tl.constexpr,
+               RELU_LAST: tl.constexpr):  # fmt: skip
+    """f from v [BM, P], and xhat and rstd."""
+    column = tl.arange(0, P)
+    at = vectors + 2 * W + group * P + column
+    if RELU_LAST:
+        xhat, rstd = standardise(v, column, DG)
+        f = relu(affine(xhat, tl.load(at), tl.load(at + W)))
+    else:
+        xhat, rstd = standardise(relu(v), column, DG)
+        f = affine(xhat, tl.load(at), tl.load(at + W))
+    return f, xhat, rstd
+
+
+@triton.jit(do_not_specialize=["rows", "padded_rows", "max_steps"])
+def fusion_solve_kernel(
+    modalities, x, init, gate_mask, fusion_mask, out, status, steps, residual, trace, tolerance,
+    wg, wf, lowg, lowf, wm, vectors,
+    packed, constants, x_rows, z, u, best_f, best_g, f, g, gram, partials, counters,
+    rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
+    N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
-    FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, RELATIVE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, INIT: tl.constexpr,
+    TOLERANCE: tl.constexpr, TRACE: tl.constexpr, RELATIVE: tl.constexpr,
+    PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr,
 ):  # fmt: skip
     """The fusion solve of BM rows; arguments and tiles: the head of this file."""
-    D: tl.constexpr = G * P
-    begin = tl.program_id(0).to(tl.int64) * BM
+    W: tl.constexpr = G * P
+    DG: tl.constexpr = DIM // G
+    block = tl.program_id(0).to(tl.int64)
+    begin = block * BM
     local = tl.arange(0, BM)  # [BM]
+    column = tl.arange(0, P)  # [P]
     live = begin + local < rows
-    running = live
-    history = padded_rows.to(tl.int64) * D
-    x, z, u = x + begin * D, z + begin * D, u + begin * D
-    state, best_g = state + begin * D, best_g + begin * D
-    f, g = f + begin * D, g + begin * D
-    gram, status = gram + begin * (M * M), status + begin
-    steps, residual = steps + begin, residual + begin
-    constants = constants + begin * D
-    column = tl.arange(0, P)
-    best = tl.full([BM], float("inf"), dtype=tl.float32)
-    improved_at = tl.zeros([BM], dtype=tl.int32)
-    restarts = tl.zeros([BM], dtype=tl.int32)
-    first = tl.zeros([BM], dtype=tl.int32)
+    first_group, last_group = own_groups(G)
+    history = padded_rows.to(tl.int64) * W
+    status, steps, residual = status + begin, steps + begin, residual + begin
+    trace = trace + begin * max_steps * 2
+    z, u, best_f, best_g = z + begin * W, u + begin * W, best_f + begin * W, best_g + begin * W
+    packed, constants, x_rows = packed + begin * W, constants + begin * W, x_rows + begin * W
+    f, g = f + begin * W, g + begin * W
+    gram = gram + (first_group * padded_rows.to(tl.int64) + begin) * (M * M)
+    partials, counter = partials + block * (20 * G * BM), counters + block * 2
+    if TOLERANCE:
+        rtol = tl.load(tolerance).to(tl.float32)
+    for group in range(first_group, last_group):
+        tile = local[:, None] * W + (group * P + column)[None, :]
+        for i in range(0, N):
+            plane = modalities + i * rows.to(tl.int64) * DIM
+            value = load_true(plane, begin, local, live, group, column, DIM, DG)
+            tl.store(packed + i * history + tile, value)
+        value = injection_tile(x, begin, local, live, group, column, DIM, DG)
+        tl.store(x_rows + tile, value)
+        start = tl.zeros([BM, P], dtype=tl.float32)
+        if INIT:
+            start = load_true(init, begin, local, live, group, column, DIM, DG)
+        tl.store(z + tile, start)
+        tl.store(best_f + tile, tl.where(tl.abs(start) < float("inf"), start, 0.0))
+    meeting = 1
+    meet(counter, meeting, G, COOPERATIVE)
+    for group in range(first_group, last_group):
+        tile = local[:, None] * W + (group * P + column)[None, :]
+        for i in range(0, N):
+            c = constant(packed + i * history, wm, vectors, group, W, P, BM, BK, PRECISION)
+            tl.store(constants + i * history + tile, c)
 
+    alive = live
+    running = live
+    best, improved_at, restarts, first, done = fresh(BM)
+    exact = 1
+    if LADDER != "":
+        exact = tl.where(max_steps > 1, 0, 1)
     step = 0
-    going = tl.max(running.to(tl.int32), 0)
+    going = tl.max(alive.to(tl.int32), 0)
     while going > 0:
         # From z = 0 there is no product: u is 0 whatever the gates are.
-        depth = tl.where((step == 0) & (from_zero != 0), 0, D)
-        for group in range(0, G):
-            at = group * P + column  # [P]
-            tile = local[:, None] * D + at[None, :]  # [BM, P]
-            p = product(z, wg + group * P, depth, D, BM, P, BK, PRECISION)
+        depth = tl.where(step == 0, 0, W)
+        if INIT:
+            depth = W + 0 * step
+        tl.debug_barrier()
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
+            p = ladder_product(
+                z, wg + group * P, lowg + group * P, depth, exact, W, BM, P, BK, PRECISION, LADDER
+            )
             s = tl.zeros([BM, P], dtype=tl.float32)
             for i in range(0, N):
-                a = p + tl.load(constants + i * history + tile)
-                if SIGMOID:
-                    a = 1.0 / (1.0 + tl.exp(-a))
-                if GATE_MASK == 1:
-                    a *= tl.load(gate_mask + i * padded_rows.to(tl.int64) + begin + local)[:, None]
-                elif GATE_MASK == 2:
-                    a *= tl.load(gate_mask + i * history + begin * D + tile)
-                s += a
+                a, factor = gate(
+                    p, constants, gate_mask, i, rows, begin, local, live, group, column, tile,
+                    history, DIM, DG, SIGMOID, GATE_MASK,
+                )  # fmt: skip
+                s += a * factor
             tl.store(u + tile, s * tl.load(z + tile))
-        tl.debug_barrier()
-        g2 = tl.zeros([BM], dtype=tl.float32)
-        f2 = tl.zeros([BM], dtype=tl.float32)
-        dots = zeros(M, BM)
-        for group in range(0, G):
-            at = group * P + column
-            tile = local[:, None] * D + at[None, :]
-            t = product(u, wf + group * P, depth, D, BM, P, BK, PRECISION)
-            t += tl.load(bf + at)[None, :]
+        meet(counter, meeting + 1, G, COOPERATIVE)
+        g2, f2, dots = no_sums(BM)
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            factor = tl.full([BM, P], 1.0, dtype=tl.float32)
             if FUSION_MASK:
-                t *= tl.load(fusion_mask + begin * D + tile)
-            t += tl.load(x + tile)
-            if RELU_LAST:
-                t = normalise(t, tl.load(nf + at), tl.load(cf + at), column, DG)
-                t = tl.where(t == t, tl.maximum(t, 0.0), t)
-            else:
-                t = tl.where(t == t, tl.maximum(t, 0.0), t)
-                t = normalise(t, tl.load(nf + at), tl.load(cf + at), column, DG)
-            g2, f2, dots = record(t, z, f, g, history, tile, step, live, g2, f2, dots, M)
-        tl.debug_barrier()
-        running, best, improved_at, restarts, first = finish(
-            z, state, best_g, f, g, history, gram, status, steps, residual, g2, f2, dots, step,
-            max_steps, running, best, improved_at, restarts, first, rtol, atol, ridge, mixing,
-            G, P, M, BM, RELATIVE,
+                factor = load_true(fusion_mask, begin, local, live, group, column, DIM, DG)
+            v = injected(
+                u, wf, lowf, vectors, tl.load(x_rows + tile), factor, group, depth, exact, W, P, BM,
+                BK, PRECISION, LADDER,
+            )  # fmt: skip
+            t, _, _ = normalised(v, vectors, group, W, DG, P, RELU_LAST)
+            g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
+        g2, f2, dots = exchange(
+            partials, counter, meeting + 2, step, first_group, g2, f2, dots, G, M, BM, COOPERATIVE
+        )
+        alive, running, best, improved_at, restarts, first, done, exact = finish(
+            z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2, dots,
+            step, max_steps, alive, running, best, improved_at, restarts, first, done, exact, rtol,
+            atol, ridge, mixing, first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE,
+            False,
         )  # fmt: skip
-        tl.debug_barrier()
+        meeting += 3
+        meet(counter, meeting, G, COOPERATIVE)
         step += 1
-        going = tl.max(running.to(tl.int32), 0)
-
-
-def solve_fusion_row(
-    constants: Tensor,
-    injection: Tensor,
-    parameters: Sequence[Tensor],
-    groups: int,
-    gate: str,
-    tail: str,
-    options: SolveOptions,
-    config: RowConfig,
-    init: Tensor | None = None,
-    gate_mask: Tensor | None = None,
-    fusion_mask: Tensor | None = None,
-) -> RowSolution:
-    """Solves for the fusion equilibrium of every row in one launch.
-
-    Args:
-        constants: (N, R, d), c_i = W_gz z_i + b_g.
-        injection: (R, d), x_f.
-        parameters: the gate's weight of z_f (d, d), the fusion weight (d, d), its bias, and
-            weight and bias of the normalisation (d,).
-        groups, gate, tail: as in the cell.
-        options, config: of the solve and of the program.
-        init: (R, d) or None (zeros), where to start.
-        gate_mask: (N, R, 1 or d) or None, M_i; fusion_mask: (R, d) or None, F.
-
-    Returns:
-        The solution, K = 1.
-    """
-    count, rows, dim = constants.shape
-    layout = Layout(dim, groups)
-    start = None if init is None else init.unsqueeze(0)
-    space = Workspace.new(injection, 1, rows, layout, options, config, start)
-    gate_weight, weight, bias, norm, shift = parameters
-    # ReLU would hide an infinite negative injection: such a row has no answer either.
-    injection = torch.where(injection.isfinite(), injection, torch.nan)
-    kind, factors = 0, space.present
-    if gate_mask is not None and gate_mask.shape[-1] == 1:
-        kind, factors = 1, space.z.new_zeros(count, space.size)
-        factors[:, :rows] = gate_mask.squeeze(-1)
-    elif gate_mask is not None:
-        kind, factors = 2, space.packed(gate_mask)
-    if rows:
-        fusion_row_kernel[(space.programs,)](
-            space.packed(injection.unsqueeze(0)), space.z, space.packed(), *space.outputs,
-            space.packed(constants), factors,
-            space.present if fusion_mask is None else space.packed(fusion_mask.unsqueeze(0)),
-            layout.pack_weight(gate_weight.to(space.weight_dtype)),
-            layout.pack_weight(weight.to(space.weight_dtype)), space.vector(bias),
-            space.vector(norm), space.vector(shift),
-            rows, space.size, options.max_steps, options.rtol, options.atol, options.ridge,
-            options.mixing, int(init is None),
-            N=count, G=groups, DG=layout.group, P=layout.padded, BM=config.rows,
-            BK=min(config.depth, layout.padded), M=options.memory, SIGMOID=gate == "sigmoid",
-            GATE_MASK=kind, FUSION_MASK=fusion_mask is not None, RELU_LAST=tail == "norm_relu",
-            RELATIVE=options.relative, PRECISION=product_precision(options.precision),
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-    return space.solution()
+        going = tl.max(alive.to(tl.int32), 0)
+    for group in range(first_group, last_group):
+        tile = local[:, None] * W + (group * P + column)[None, :]
+        store_true(out, tl.load(best_f + tile), begin, local, live, group, column, DIM, DG)
+    leave(counter, G, COOPERATIVE)

@@ -1,147 +1,168 @@
-r"""The N modality equilibria in one launch, schedule *row*.
+r"""The N modality equilibria in one launch (schedules *row* and *cooperative*).
 
-    h = ReLU(GN_1(W_1 z + b_1))      t = GN_2(W_2 h + b_2 + x) (+ z)      f = GN_3(ReLU(t))
+    u = W_1 z + b_1               h = ReLU(GN_1(u))                                     `hidden`
+    q = W_2 h + b_2 + x           t = GN_2(q) (+ z)          f = GN_3(ReLU(t))          `evaluated`
 
-One program owns BM rows of one modality and runs their whole solve: both phases group by group,
-the Anderson step, and again, until its rows have ended. z, h and the history go through global
-memory (scratch of the rows' own, which stays in L2); weights are streamed. Grid: (ceil(R / BM), N).
+A program owns BM rows of one modality, and all groups (row) or one (cooperative): both phases, the
+Anderson step, and again, until the rows have ended. z, h and the history go through global memory
+(scratch of the rows' own, which stays in L2); weights are streamed. Grid: (ceil(R / BM), N, 1 or
+G).
 
-Tensors, packed (`kernels.layout`, width D = G P): x, z, h, state, best_g (N, R', D) fp32, R' = R
-rounded up to BM; history f, g (M, N, R', D) fp32; weights (N, D, D) in their own dtype; vectors
-(N, D) fp32; gram (N, R', M, M) fp32; status, steps int32 and residual fp32 (N, R').
+Scratch (packed, `kernels.layout`, width W = G P; R' = R rounded up to BM), fp32: packed x, z, h,
+best_f, best_g (N, R', W); history f, g (M, N, R', W); gram (1 or G, N, R', M, M). Weights (N, W,
+W), W_j^T; vectors (N, 8, W): b_1, weight and bias of GN_1, b_2, those of GN_2 and of GN_3.
+Unpacked: x, init and out (N, R, d) in the dtype of the features; present int8, status, steps int32,
+residual fp32 (N, R); trace (N, R, max_steps, 2) fp32. Precision: `kernels.primitives`.
 Source: arXiv 2306.16645, equations 3 to 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .anderson import zeros
-from .config import RowConfig, SolveOptions
-from .layout import Layout
-from .primitives import normalise, product, product_precision
-from .rows import RowSolution, Workspace
-from .solver import finish, record
+from .primitives import affine, ladder_product, load_true, relu, standardise, store_true
+from .schedule import leave, meet, own_groups
+from .solver import exchange, finish, fresh, no_sums, record
 
 
-@triton.jit(do_not_specialize=["rows", "max_steps"])
-def modality_row_kernel(
-    x, z, h, state, best_g, f, g, gram, status, steps, residual, present,
-    w1, b1, n1, c1, w2, b2, n2, c2, n3, c3,
-    rows, padded_rows, max_steps, rtol, atol, ridge, mixing, from_zero,
-    G: tl.constexpr, DG: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    M: tl.constexpr, SKIP: tl.constexpr, RELATIVE: tl.constexpr,
-    PRESENT: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def hidden(
+    z, w1, low1, vectors, group, depth, exact,
+    W: tl.constexpr, DG: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, LADDER: tl.constexpr,
+):  # fmt: skip
+    """h, xhat_1 [BM, P] and rstd_1 [BM] of one group; vectors: of this modality."""
+    column = tl.arange(0, P)
+    v = vectors + group * P + column
+    u = ladder_product(
+        z, w1 + group * P, low1 + group * P, depth, exact, W, BM, P, BK, PRECISION, LADDER
+    )
+    xhat, rstd = standardise(u + tl.load(v)[None, :], column, DG)
+    return relu(affine(xhat, tl.load(v + W), tl.load(v + 2 * W))), xhat, rstd
+
+
+@triton.jit
+def evaluated(
+    h, w2, low2, vectors, injected, z_tile, group, exact,
+    W: tl.constexpr, DG: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    SKIP: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
+):  # fmt: skip
+    """f [BM, P] of one group, and xhat_2, rstd_2, xhat_3, rstd_3; injected: the tile of x."""
+    column = tl.arange(0, P)
+    v = vectors + 3 * W + group * P + column
+    q = ladder_product(
+        h, w2 + group * P, low2 + group * P, W, exact, W, BM, P, BK, PRECISION, LADDER
+    )
+    xhat2, rstd2 = standardise(q + tl.load(v)[None, :] + injected, column, DG)
+    t = affine(xhat2, tl.load(v + W), tl.load(v + 2 * W))
+    if SKIP:
+        t += z_tile
+    xhat3, rstd3 = standardise(relu(t), column, DG)
+    return affine(xhat3, tl.load(v + 3 * W), tl.load(v + 4 * W)), xhat2, rstd2, xhat3, rstd3
+
+
+@triton.jit(do_not_specialize=["rows", "padded_rows", "max_steps"])
+def modality_solve_kernel(
+    x, init, present, out, status, steps, residual, trace, tolerance,
+    w1, w2, low1, low2, vectors,
+    packed, z, h, best_f, best_g, f, g, gram, partials, counters,
+    rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
+    DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    M: tl.constexpr, SKIP: tl.constexpr, INIT: tl.constexpr, PRESENT: tl.constexpr,
+    TOLERANCE: tl.constexpr, TRACE: tl.constexpr, RELATIVE: tl.constexpr,
+    PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr,
 ):  # fmt: skip
     """The solve of BM rows of a modality; arguments and tiles: the head of this file."""
-    D: tl.constexpr = G * P
+    W: tl.constexpr = G * P
+    DG: tl.constexpr = DIM // G
+    block = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1).to(tl.int64)
-    begin = tl.program_id(0).to(tl.int64) * BM
+    count = tl.num_programs(1).to(tl.int64)
+    begin = block * BM
     local = tl.arange(0, BM)  # [BM]
+    column = tl.arange(0, P)  # [P]
     live = begin + local < rows
+    first_group, last_group = own_groups(G)
+    unpacked = k * rows
     own = k * padded_rows + begin
-    running = live
+    history = count * padded_rows * W
+    x, out = x + unpacked * DIM, out + unpacked * DIM
+    status, steps = status + unpacked + begin, steps + unpacked + begin
+    residual = residual + unpacked + begin
+    trace = trace + (unpacked + begin) * max_steps * 2
+    z, h, best_f, best_g = z + own * W, h + own * W, best_f + own * W, best_g + own * W
+    packed, f, g = packed + own * W, f + own * W, g + own * W
+    gram = gram + (first_group * count * padded_rows + own) * (M * M)
+    place = k * tl.num_programs(0) + block
+    partials, counter = partials + place * (20 * G * BM), counters + place * 2
+    w1, w2, low1, low2 = w1 + k * W * W, w2 + k * W * W, low1 + k * W * W, low2 + k * W * W
+    vectors = vectors + k * 8 * W
+    if TOLERANCE:
+        rtol = tl.load(tolerance).to(tl.float32)
+    alive = live
     if PRESENT:
-        running = running & (tl.load(present + own + local, mask=live, other=0) != 0)
-    history = tl.num_programs(1).to(tl.int64) * padded_rows * D
-    x, z, h = x + own * D, z + own * D, h + own * D
-    state, best_g = state + own * D, best_g + own * D
-    f, g = f + own * D, g + own * D
-    gram, status = gram + own * (M * M), status + own
-    steps, residual = steps + own, residual + own
-    w1, w2 = w1 + k * D * D, w2 + k * D * D
-    b1, n1, c1, b2, n2 = b1 + k * D, n1 + k * D, c1 + k * D, b2 + k * D, n2 + k * D
-    c2, n3, c3 = c2 + k * D, n3 + k * D, c3 + k * D
-    column = tl.arange(0, P)
-    best = tl.full([BM], float("inf"), dtype=tl.float32)
-    improved_at = tl.zeros([BM], dtype=tl.int32)
-    restarts = tl.zeros([BM], dtype=tl.int32)
-    first = tl.zeros([BM], dtype=tl.int32)
+        here = tl.load(present + unpacked + begin + local, mask=live, other=0)
+        alive = alive & (here != 0)
+    if first_group == 0:
+        # What rows that are not there report; the others overwrite it when they end.
+        tl.store(status + local, local * 0, mask=live)
+        tl.store(steps + local, local * 0, mask=live)
+        tl.store(residual + local, tl.zeros([BM], dtype=tl.float32), mask=live)
+    for group in range(first_group, last_group):
+        tile = local[:, None] * W + (group * P + column)[None, :]
+        value = load_true(x, begin, local, live, group, column, DIM, DG)
+        tl.store(packed + tile, value)
+        start = tl.zeros([BM, P], dtype=tl.float32)
+        if INIT:
+            start = load_true(init + unpacked * DIM, begin, local, live, group, column, DIM, DG)
+        tl.store(z + tile, start)
+        known = alive[:, None] & (tl.abs(start) < float("inf"))
+        tl.store(best_f + tile, tl.where(known, start, 0.0))
+    meeting = 1
+    meet(counter, meeting, G, COOPERATIVE)
 
+    best, improved_at, restarts, first, done = fresh(BM)
+    running = alive
+    exact = 1
+    if LADDER != "":
+        exact = tl.where(max_steps > 1, 0, 1)
     step = 0
-    going = tl.max(running.to(tl.int32), 0)
+    going = tl.max(alive.to(tl.int32), 0)
     while going > 0:
         # From z = 0 the first product is none.
-        depth = tl.where((step == 0) & (from_zero != 0), 0, D)
-        for group in range(0, G):
-            at = group * P + column  # [P]
-            u = product(z, w1 + group * P, depth, D, BM, P, BK, PRECISION)
-            u += tl.load(b1 + at)[None, :]
-            u = normalise(u, tl.load(n1 + at), tl.load(c1 + at), column, DG)
-            u = tl.where(u == u, tl.maximum(u, 0.0), u)
-            tl.store(h + (local[:, None] * D + at[None, :]), u)
-        tl.debug_barrier()
-        g2 = tl.zeros([BM], dtype=tl.float32)
-        f2 = tl.zeros([BM], dtype=tl.float32)
-        dots = zeros(M, BM)
-        for group in range(0, G):
-            at = group * P + column
-            tile = local[:, None] * D + at[None, :]  # [BM, P]
-            t = product(h, w2 + group * P, D, D, BM, P, BK, PRECISION)
-            t += tl.load(b2 + at)[None, :] + tl.load(x + tile)
-            t = normalise(t, tl.load(n2 + at), tl.load(c2 + at), column, DG)
-            if SKIP:
-                t += tl.load(z + tile)
-            t = tl.where(t == t, tl.maximum(t, 0.0), t)
-            t = normalise(t, tl.load(n3 + at), tl.load(c3 + at), column, DG)
-            g2, f2, dots = record(t, z, f, g, history, tile, step, live, g2, f2, dots, M)
-        tl.debug_barrier()
-        running, best, improved_at, restarts, first = finish(
-            z, state, best_g, f, g, history, gram, status, steps, residual, g2, f2, dots, step,
-            max_steps, running, best, improved_at, restarts, first, rtol, atol, ridge, mixing,
-            G, P, M, BM, RELATIVE,
+        depth = tl.where(step == 0, 0, W)
+        if INIT:
+            depth = W + 0 * step
+        for group in range(first_group, last_group):
+            value, _, _ = hidden(
+                z, w1, low1, vectors, group, depth, exact, W, DG, P, BM, BK, PRECISION, LADDER
+            )
+            tl.store(h + (local[:, None] * W + (group * P + column)[None, :]), value)
+        meet(counter, meeting + 1, G, COOPERATIVE)
+        g2, f2, dots = no_sums(BM)
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
+            z_tile = tl.load(z + tile)
+            t, _, _, _, _ = evaluated(
+                h, w2, low2, vectors, tl.load(packed + tile), z_tile, group, exact, W, DG, P, BM,
+                BK, SKIP, PRECISION, LADDER,
+            )  # fmt: skip
+            g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
+        g2, f2, dots = exchange(
+            partials, counter, meeting + 2, step, first_group, g2, f2, dots, G, M, BM, COOPERATIVE
+        )
+        alive, running, best, improved_at, restarts, first, done, exact = finish(
+            z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2, dots,
+            step, max_steps, alive, running, best, improved_at, restarts, first, done, exact, rtol,
+            atol, ridge, mixing, first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE,
+            False,
         )  # fmt: skip
-        tl.debug_barrier()
+        meeting += 3
+        meet(counter, meeting, G, COOPERATIVE)
         step += 1
-        going = tl.max(running.to(tl.int32), 0)
-
-
-def solve_modality_row(
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    groups: int,
-    skip: bool,
-    options: SolveOptions,
-    config: RowConfig,
-    init: Tensor | None = None,
-    present: Tensor | None = None,
-) -> RowSolution:
-    """Solves for the N modality equilibria of every row in one launch.
-
-    Args:
-        x: (N, R, d) features, any float dtype; computed in fp32.
-        parameters: weight1, bias1, norm1_weight, norm1_bias, weight2, bias2, norm2_weight,
-            norm2_bias, norm3_weight, norm3_bias; weights (N, d, d), the others (N, d).
-        groups: G of the normalisations.
-        skip: adds z to t.
-        options, config: of the solve and of the program.
-        init: (N, R, d) or None (zeros), where to start.
-        present: bool (N, R) or None; absent modalities keep state 0, status CONVERGED, 0 steps.
-
-    Returns:
-        The solution. Rows whose first evaluation is not finite keep the start.
-    """
-    count, rows, dim = x.shape
-    layout = Layout(dim, groups)
-    space = Workspace.new(x, count, rows, layout, options, config, init, present)
-    weight1, bias1, norm1, shift1, weight2, bias2, norm2, shift2, norm3, shift3 = parameters
-    if rows:
-        modality_row_kernel[space.programs, count](
-            space.packed(x), space.z, space.packed(), *space.outputs, space.present,
-            layout.pack_weight(weight1.to(space.weight_dtype)), space.vector(bias1),
-            space.vector(norm1), space.vector(shift1),
-            layout.pack_weight(weight2.to(space.weight_dtype)), space.vector(bias2),
-            space.vector(norm2), space.vector(shift2), space.vector(norm3), space.vector(shift3),
-            rows, space.size, options.max_steps, options.rtol, options.atol, options.ridge,
-            options.mixing, int(init is None),
-            G=groups, DG=layout.group, P=layout.padded, BM=config.rows,
-            BK=min(config.depth, layout.padded), M=options.memory, SKIP=skip,
-            RELATIVE=options.relative, PRESENT=present is not None,
-            PRECISION=product_precision(options.precision),
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-    return space.solution()
+        going = tl.max(alive.to(tl.int32), 0)
+    for group in range(first_group, last_group):
+        tile = local[:, None] * W + (group * P + column)[None, :]
+        store_true(out, tl.load(best_f + tile), begin, local, live, group, column, DIM, DG)
+    leave(counter, G, COOPERATIVE)

@@ -1,13 +1,15 @@
-r"""Device functions that every program is composed of: a product and a GroupNorm of one group.
+r"""Device functions that every program is composed of: products, GroupNorm and its VJP, tiles.
 
-Tiles are BM rows by one padded group of P columns; accumulators and statistics are fp32.
+Tiles are BM rows by one padded group of P columns (`kernels.layout`), of which the first DG are
+true; accumulators and statistics are fp32.
 
-    product          acc = sum_k a[rows, k] W^T[k, group]            [BM, P]
-    normalise        (x - mean) / sqrt(var + eps) over the true channels, times weight plus bias
+    product          acc = sum_k a[rows, k] W[k, group]                               [BM, P]
+    standardise      xhat = (x - mean) rstd,   rstd = 1 / sqrt(var + eps)             [BM, P], [BM]
+    standardise_vjp  N(v) = rstd (v - mean(v) - xhat mean(v xhat))                    [BM, P]
 
 `PRECISION` of a product: "ieee", "tf32", "tf32x3" for fp32 operands; "low" rounds both operands to
 bfloat16, and "rounded" does so for the interpreter, whose bfloat16 products are wrong (Triton 3.7.1
-multiplies the bit patterns). Variance is that of the centred values. Layout: `kernels.layout`.
+multiplies the bit patterns). Variance is that of the centred values, over the true channels.
 Source: Y. Wu and K. He, "Group normalization", ECCV 2018.
 """
 
@@ -19,10 +21,9 @@ import triton.language as tl
 EPS = tl.constexpr(1e-5)
 
 
-def product_precision(precision: str) -> str:
-    """What `product` is told for an option of `kernels.config.PRECISIONS`."""
-    interpreted = not isinstance(product, triton.JITFunction)
-    return "rounded" if precision == "low" and interpreted else precision
+def interpreted() -> bool:
+    """Whether the programs run in Triton's interpreter."""
+    return not isinstance(product, triton.JITFunction)
 
 
 @triton.jit
@@ -30,10 +31,10 @@ def product(
     a, w, depth, W: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a W^T for BM rows and one group of columns: [BM, P].
+    """BM rows times one group of columns of a packed weight: [BM, P].
 
-    a: the program's first row, of W channels; w: row 0 of the group's columns in a packed weight
-    (both scalar pointers; offsets from them fit 32 bits); depth: channels to sum (0: none).
+    a: the program's first row, of W channels; w: row 0 of the group's columns (both scalar
+    pointers; offsets from them fit 32 bits); depth: channels to sum (0: none).
     """
     acc = tl.zeros([BM, P], dtype=tl.float32)
     k = tl.arange(0, BK)
@@ -54,11 +55,69 @@ def product(
 
 
 @triton.jit
-def normalise(x, weight, bias, column, DG: tl.constexpr):
-    """GroupNorm of a tile [BM, P] whose true columns are the first DG; 0 in the others."""
+def ladder_product(
+    a, w, cheap, depth, exact, W: tl.constexpr, BM: tl.constexpr, P: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
+):  # fmt: skip
+    """`product` with w, or while `exact` is 0 with its copy `cheap` in the precision LADDER.
+
+    LADDER is "" where there is no cheap copy.
+    """
+    if LADDER == "":
+        acc = product(a, w, depth, W, BM, P, BK, PRECISION)
+    else:
+        acc = tl.zeros([BM, P], dtype=tl.float32)
+        if exact > 0:
+            acc = product(a, w, depth, W, BM, P, BK, PRECISION)
+        else:
+            acc = product(a, cheap, depth, W, BM, P, BK, LADDER)
+    return acc
+
+
+@triton.jit
+def standardise(x, column, DG: tl.constexpr):
+    """(xhat [BM, P], rstd [BM]) of a tile; xhat is 0 in padded columns."""
     true = column < DG  # [P]
     x = tl.where(true[None, :], x, 0.0)
     centred = tl.where(true[None, :], x - (tl.sum(x, 1) / DG)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / DG + EPS)
-    # Weight and bias are 0 in padded columns.
-    return centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def standardise_vjp(v, xhat, rstd, column, DG: tl.constexpr):
+    """N(v) [BM, P] at a point given by xhat and rstd; v is 0 in padded columns, and so is N(v)."""
+    true = column < DG
+    mean = (tl.sum(v, 1) / DG)[:, None]
+    along = (tl.sum(v * xhat, 1) / DG)[:, None]
+    return tl.where(true[None, :], (v - mean - xhat * along) * rstd[:, None], 0.0)
+
+
+@triton.jit
+def affine(xhat, weight, bias):
+    """xhat weight + bias; weight and bias [P] are 0 in padded columns."""
+    return xhat * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0), and NaN where x is."""
+    return tl.where(x == x, tl.maximum(x, 0.0), x)
+
+
+@triton.jit
+def load_true(pointer, begin, local, live, group, column, DIM: tl.constexpr, DG: tl.constexpr):
+    """One group of BM rows of an unpacked tensor (rows, DIM) as fp32; 0 beyond it: [BM, P]."""
+    offset = (begin + local)[:, None] * DIM + (group * DG + column)[None, :]
+    mask = live[:, None] & (column < DG)[None, :]
+    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_true(
+    pointer, value, begin, local, live, group, column, DIM: tl.constexpr, DG: tl.constexpr
+):
+    """Stores a tile into an unpacked tensor (rows, DIM), rounded to its dtype."""
+    offset = (begin + local)[:, None] * DIM + (group * DG + column)[None, :]
+    mask = live[:, None] & (column < DG)[None, :]
+    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)

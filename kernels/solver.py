@@ -4,6 +4,15 @@ Per step and row: CONVERGED at ||g|| <= atol + rtol ||f||; the best finite itera
 residual ten times the best, or one that is not finite, restarts the row with a damped step from its
 best iterate, three times at most; PATIENCE steps without a better one end it STAGNATED. Rules,
 codes and constants are those of `deqfusion.reference.iterate`; rows that ended are frozen.
+
+Precision ladder: a program begins with cheap products. A row then waits, frozen, as soon as its
+residual is within REACH of the tolerance, has not fallen by a tenth for STALL steps, is not finite,
+or the next step is its last. When no row is left to iterate, all that wait go on with exact
+products, their history and their best iterate forgotten, and only these steps end rows. No row's
+steps depend on another's.
+
+A truncated solve (phantom gradients) takes `max_steps` plain damped steps and returns the last
+iterate; it has M = 1, whose one dot is <f, g>.
 """
 
 from __future__ import annotations
@@ -11,11 +20,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .anderson import mixture, remember, valid
+from .anderson import SLOTS, column_of, mixture, remember, valid, with_column
+from .schedule import gather, meet, share
 
 PATIENCE = tl.constexpr(20)
 RISE = tl.constexpr(10.0)
 MAX_RESTARTS = tl.constexpr(3)
+REACH = tl.constexpr(2.5)
+STALL = tl.constexpr(2)
 CONVERGED = tl.constexpr(0)
 AT_MAX_STEPS = tl.constexpr(1)
 STAGNATED = tl.constexpr(2)
@@ -23,34 +35,62 @@ NON_FINITE = tl.constexpr(3)
 
 
 @triton.jit
-def record(t, z, f, g, history, tile, step, live, g2, f2, dots, M: tl.constexpr):
+def record(t, z, f, g, history, tile, step, g2, f2, dots, M: tl.constexpr):
     """Stores an evaluation t [BM, P] of z and its residual in the newest slot of the history.
 
-    Returns g2, f2 [BM] and dots (M of [BM]) with this group's part added.
+    Returns g2, f2 [BM] and dots [BM, 8] with this group's part added.
     """
     newest = (step % M).to(tl.int64) if M > 0 else tl.zeros([], tl.int64)
     f2 += tl.sum(t * t, 1)
     tl.store(f + newest * history + tile, t)
-    t -= tl.load(z + tile)
-    g2 += tl.sum(t * t, 1)
-    tl.store(g + newest * history + tile, t)
-    if M > 1:
-        sums = ()
-        for j in tl.static_range(M):
-            # A slot that nothing was stored in yet is not read.
-            other = tl.load(g + j * history + tile, mask=live[:, None] & (j <= step), other=0.0)
-            other = tl.where(newest == j, t, other)
-            sums = sums + (dots[j] + tl.sum(other * t, 1),)
-        dots = sums
+    change = t - tl.load(z + tile)
+    g2 += tl.sum(change * change, 1)
+    tl.store(g + newest * history + tile, change)
+    if M == 1:
+        dots = with_column(dots, 0, tl.sum(t * change, 1))
+    elif M > 1:
+        dots = with_column(dots, newest, tl.sum(change * change, 1))
+        # Slots that nothing was stored in yet are not read.
+        for back in range(1, tl.minimum(M, step + 1)):
+            j = (step - back) % M
+            other = tl.load(g + j.to(tl.int64) * history + tile)
+            dots = with_column(dots, j, tl.sum(other * change, 1))
+    return g2, f2, dots
+
+
+@triton.jit
+def exchange(
+    partials, counter, meeting, step, group, g2, f2, dots,
+    G: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, COOPERATIVE: tl.constexpr,
+):  # fmt: skip
+    """Adds the groups' parts of g2, f2 [BM] and dots [BM, 8] where programs share a row.
+
+    partials: (2, G, 2 + 8, BM), of this row block; the two halves serve even and odd steps.
+    """
+    if COOPERATIVE:
+        here = partials + (step % 2) * (G * (SLOTS + 2) * BM)
+        share(here, 0, g2, group, BM)
+        share(here, 1, f2, group, BM)
+        if M > 0:
+            slot = (tl.arange(0, SLOTS)[None, :] + 2) * BM + tl.arange(0, BM)[:, None]
+            tl.store(here + group * ((SLOTS + 2) * BM) + slot, dots)
+        meet(counter, meeting, G, COOPERATIVE)
+        g2 = gather(here, 0, BM, G)
+        f2 = gather(here, 1, BM, G)
+        if M > 0:
+            dots = tl.zeros([BM, SLOTS], dtype=tl.float32)
+            for other in range(0, G):
+                dots += tl.load(here + other * ((SLOTS + 2) * BM) + slot)
+    else:
+        tl.debug_barrier()
     return g2, f2, dots
 
 
 @triton.jit
 def judge(
-    gn, fn, step, running, best, improved_at, restarts, rtol, atol, last,
-    RESTART: tl.constexpr,
-):  # fmt: skip
-    """What the residual norms gn, fn [BM] of an evaluation decide for the rows.
+    gn, fn, step, running, best, improved_at, restarts, last, rtol, atol, RESTART: tl.constexpr
+):
+    """What the residual norms gn, fn [BM] of an exact evaluation decide for the rows.
 
     Returns improved, ended, code, lost, best, improved_at; all [BM].
     """
@@ -74,43 +114,69 @@ def judge(
 
 
 @triton.jit
+def judge_cheap(
+    gn, fn, step, running, best, improved_at, restarts, last, rtol, atol, RESTART: tl.constexpr
+):
+    """The same for an evaluation with cheap products, which ends no row.
+
+    last: whether the row's next evaluation is its last. Returns improved, waiting, still (rows that
+    wait where they are), lost, best, improved_at; all [BM].
+    """
+    finite = (gn < float("inf")) & (fn < float("inf"))
+    relative = tl.minimum(gn / tl.maximum(fn, 1.1754943508222875e-38), 3.4028234663852886e38)
+    improved = running & finite & (relative < best)
+    improved_at = tl.where(improved & (relative < 0.9 * best), step, improved_at)
+    best = tl.where(improved, relative, best)
+    reached = gn <= (atol + rtol * fn) * REACH
+    stalled = step - improved_at >= STALL
+    waiting = running & (reached | stalled | (finite == 0) | last)
+    lost = running & (waiting == 0) & (relative > best * RISE) & (restarts < MAX_RESTARTS)
+    if RESTART == 0:
+        lost = lost & (running == 0)
+    return improved, waiting, running & (finite == 0), lost, best, improved_at
+
+
+@triton.jit
 def advance(
-    z, state, best_g, f, g, history, gram_rows, dots, step, first, ridge, mixing, improved, moving,
-    lost, restarts,
-    G: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr,
+    z, best_f, best_g, f, g, history, gram, dots, step, first, ridge, mixing, improved, moving,
+    lost, restarts, first_group, last_group,
+    W: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr,
+    TRUNCATED: tl.constexpr,
 ):  # fmt: skip
     """Stores the best iterates of improved rows and the next iterates of moving ones.
 
-    z, state, best_g: scalar pointers to the program's first row of D channels; f, g: the same in
+    z, best_f, best_g: scalar pointers to the program's first row of W channels; f, g: the same in
     slot 0 of the history, whose slots are `history` elements apart; restarts counts this one.
     """
     newest = (step % M).to(tl.int64) if M > 0 else tl.zeros([], tl.int64)
-    rows = tl.arange(0, BM)[:, None] * (G * P)
+    rows = tl.arange(0, BM)[:, None] * W
     back = 1.0 - tl.exp2(-restarts.to(tl.float32))
     if M > 1:
-        remember(gram_rows, dots, step, M)
+        remember(gram, dots, step, M, BM)
         tl.debug_barrier()
-        weights = mixture(gram_rows, step, first, ridge, M, BM, RELATIVE)
-    for group in range(0, G):
+        weights = mixture(gram, step, first, ridge, M, BM, RELATIVE)
+    for group in range(first_group, last_group):
         tile = rows + (group * P + tl.arange(0, P))[None, :]  # [BM, P]
         new = tl.load(f + newest * history + tile)
         change = tl.load(g + newest * history + tile)
-        tl.store(state + tile, new, mask=improved[:, None])
-        tl.store(best_g + tile, change, mask=improved[:, None])
         if M > 1:
             following = tl.zeros([BM, P], dtype=tl.float32)
-            for j in tl.static_range(M):
+            for j in range(0, tl.minimum(M, step + 1)):
                 counts = valid(j, step, first, M)[:, None]
-                old = tl.load(f + j * history + tile, mask=counts, other=0.0)
+                old = tl.load((f + history * j) + tile, mask=counts, other=0.0)
                 if mixing != 1.0:
-                    back_j = tl.load(g + j * history + tile, mask=counts, other=0.0)
-                    old -= (1.0 - mixing) * back_j
-                following += weights[j][:, None] * old
+                    past = tl.load((g + history * j) + tile, mask=counts, other=0.0)
+                    old -= (1.0 - mixing) * past
+                following += column_of(weights, j)[:, None] * old
         else:
             following = new - (1.0 - mixing) * change
+        if TRUNCATED:
+            new = following
+        tl.store(best_f + tile, new, mask=improved[:, None])
+        tl.store(best_g + tile, change, mask=improved[:, None])
         if tl.max(lost.to(tl.int32), 0) > 0:
             # A row that improved is not lost: its stores above do not race with these loads.
-            best = tl.load(state + tile, mask=lost[:, None], other=0.0)
+            best = tl.load(best_f + tile, mask=lost[:, None], other=0.0)
             step_back = tl.load(best_g + tile, mask=lost[:, None], other=0.0)
             following = tl.where(lost[:, None], best - back[:, None] * step_back, following)
         tl.store(z + tile, following, mask=moving[:, None])
@@ -118,29 +184,94 @@ def advance(
 
 @triton.jit
 def finish(
-    z, state, best_g, f, g, history, gram, status, steps, residual, g2, f2, dots, step, max_steps,
-    running, best, improved_at, restarts, first, rtol, atol, ridge, mixing,
-    G: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr,
+    z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2, dots, step,
+    max_steps, alive, running, best, improved_at, restarts, first, done, exact, rtol, atol, ridge,
+    mixing, first_group, last_group,
+    W: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr,
+    LADDER: tl.constexpr, TRACE: tl.constexpr, TRUNCATED: tl.constexpr,
 ):  # fmt: skip
-    """The rest of a step once all groups are evaluated: ends rows, stores, the next iterates.
+    """The rest of a step once all groups are evaluated: ends rows, stores the next iterates.
 
-    Pointers are those of the program's first row; status, steps, residual are written for rows
-    that end. Returns running, best, improved_at, restarts, first; all [BM].
+    Pointers are those of the program's first row; status, steps, residual, trace are written by the
+    program of group 0. Rows: alive (not ended), running (alive and not waiting), best residual and
+    the step it fell in, restarts, first step that counts, done (evaluations so far), all [BM];
+    exact: whether the products are, a scalar. Returns all eight as the next step finds them.
     """
     local = tl.arange(0, BM)
-    last = step + 1 == max_steps
-    improved, ended, code, lost, best, improved_at = judge(
-        tl.sqrt(g2), tl.sqrt(f2), step, running, best, improved_at, restarts, rtol, atol, last,
-        RELATIVE,
-    )  # fmt: skip
-    tl.store(status + local, code, mask=ended)
-    tl.store(steps + local, tl.zeros([BM], dtype=tl.int32) + step + 1, mask=ended)
-    tl.store(residual + local, best, mask=ended)
-    running = running & (ended == 0)
+    done += running.to(tl.int32)
+    gn = tl.sqrt(g2)
+    fn = tl.sqrt(f2)
+    writes = running & (first_group == 0)
+    if TRACE:
+        at = (local.to(tl.int64) * max_steps + done - 1) * 2
+        tl.store(trace + at, gn, mask=writes)
+        tl.store(trace + at + 1, fn, mask=writes)
+    if TRUNCATED:
+        # ||f - (1 - beta) g||, the size of the iterate that this step leads to.
+        rest = 1.0 - mixing
+        size = tl.sqrt(tl.maximum(f2 - 2.0 * rest * column_of(dots, 0) + rest * rest * g2, 0.0))
+        best = tl.where(size > 0.0, gn / size, 0.0)
+        improved = running & (done >= max_steps)
+        ended = improved
+        code = tl.where(gn <= atol + rtol * size, CONVERGED, AT_MAX_STEPS)
+        lost = running & (running == 0)
+        moving = running
+        alive = alive & (ended == 0)
+        running = alive
+    else:
+        improved, ended, code, lost, fell, fell_at = judge(
+            gn, fn, step, running, best, improved_at, restarts, done >= max_steps, rtol, atol,
+            RELATIVE,
+        )  # fmt: skip
+        moving = running & (ended == 0)
+        if LADDER != "":
+            judged = local * 0 + exact > 0
+            better, waiting, still, astray, least, least_at = judge_cheap(
+                gn, fn, step, running, best, improved_at, restarts, done + 1 >= max_steps, rtol,
+                atol, RELATIVE,
+            )  # fmt: skip
+            improved = tl.where(judged, improved, better)
+            ended = ended & judged
+            lost = tl.where(judged, lost, astray)
+            fell = tl.where(judged, fell, least)
+            fell_at = tl.where(judged, fell_at, least_at)
+            moving = tl.where(judged, moving, running & (still == 0))
+            running = running & ((waiting == 0) | judged)
+        best = fell
+        improved_at = fell_at
+        alive = alive & (ended == 0)
+        running = running & alive
+    writes = ended & (first_group == 0)
+    tl.store(status + local, code, mask=writes)
+    tl.store(steps + local, done, mask=writes)
+    tl.store(residual + local, best, mask=writes)
     restarts += lost.to(tl.int32)
     first = tl.where(lost, step + 1, first)
     advance(
-        z, state, best_g, f, g, history, gram + local * (M * M), dots, step, first, ridge, mixing,
-        improved, running, lost, restarts, G, P, M, BM, RELATIVE,
+        z, best_f, best_g, f, g, history, gram, dots, step, first, ridge, mixing,
+        improved, moving, lost, restarts, first_group, last_group, W, P, M, BM, RELATIVE, TRUNCATED,
     )  # fmt: skip
-    return running, best, improved_at, restarts, first
+    if LADDER != "":
+        # All rows wait, or ended: those that wait go on.
+        switch = (local * 0 + exact == 0) & (tl.max(running.to(tl.int32), 0) == 0)
+        exact = tl.max(tl.where(switch, 1, local * 0 + exact), 0)
+        running = tl.where(switch, alive, running)
+        best = tl.where(switch, float("inf"), best)
+        improved_at = tl.where(switch, step + 1, improved_at)
+        restarts = tl.where(switch, 0, restarts)
+        first = tl.where(switch, step + 1, first)
+    return alive, running, best, improved_at, restarts, first, done, exact
+
+
+@triton.jit
+def fresh(BM: tl.constexpr):
+    """best, improved_at, restarts, first and done before the first step; all [BM]."""
+    zero = tl.zeros([BM], dtype=tl.int32)
+    return tl.full([BM], float("inf"), dtype=tl.float32), zero, zero, zero, zero
+
+
+@triton.jit
+def no_sums(BM: tl.constexpr):
+    """g2, f2 [BM] and dots [BM, 8] before the first group."""
+    zero = tl.zeros([BM], dtype=tl.float32)
+    return zero, zero, tl.zeros([BM, SLOTS], dtype=tl.float32)

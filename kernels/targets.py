@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .config import GRADIENT_TILES, GRADIENTS, SCHEDULES, Config, shipped
+from .layout import Layout
+
 
 @dataclass(frozen=True)
 class Target:
@@ -48,9 +51,10 @@ _TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|v_mfma\w*)")
 
 
 _TYPES = {
-    **dict.fromkeys(("status", "steps", "present"), "*i32"),
-    **dict.fromkeys(("w1", "w2", "wg", "wf"), "*bf16"),
-    **dict.fromkeys(("rows", "padded_rows", "max_steps", "from_zero"), "i32"),
+    **dict.fromkeys(("status", "steps", "solved", "counters"), "*i32"),
+    "present": "*i8",
+    **dict.fromkeys(("low1", "low2", "lowg", "lowf", "lowb1", "lowb2", "lowbg", "lowbf"), "*bf16"),
+    **dict.fromkeys(("rows", "padded_rows", "max_steps", "blocks", "columns"), "i32"),
     **dict.fromkeys(("rtol", "atol", "ridge", "mixing"), "fp32"),
 }
 """Triton's names of the types of the arguments that are not fp32 pointers."""
@@ -62,16 +66,15 @@ class Program:
 
     Attributes:
         name: for the report.
-        kernel: "modality" or "fusion", of schedule row.
+        kernel: its name, see `kernels`.
         constants: values of its `tl.constexpr` arguments.
-        warps, stages: as launched.
+        config: tiles and schedule.
     """
 
     name: str
     kernel: str
     constants: dict[str, Any]
-    warps: int
-    stages: int
+    config: Config
 
 
 @dataclass(frozen=True)
@@ -102,35 +105,79 @@ class Report:
     def __str__(self) -> str:
         products = ", ".join(f"{count} {name}" for name, count in sorted(self.products.items()))
         return (
-            f"{self.program:<24} {self.target:<7} registers {self.registers:>3}  stack "
+            f"{self.program:<36} {self.target:<7} registers {self.registers:>3}  stack "
             f"{self.stack:>4}  shared {self.shared:>6}  {products or 'no tensor cores'}"
         )
 
 
-def programs() -> list[Program]:
-    """The shipped configurations: schedule row, bfloat16 products, at the paper's widths."""
-    from .config import RowConfig
-    from .layout import Layout
+def kernels() -> dict[str, Any]:
+    """The kernels by name."""
+    from .fusion import fusion_solve_kernel
+    from .fusion_adjoint import fusion_adjoint_kernel
+    from .gradients import parameter_gradients_kernel
+    from .modality import modality_solve_kernel
+    from .modality_adjoint import modality_adjoint_kernel
 
-    config = RowConfig()
+    return {
+        "modality": modality_solve_kernel,
+        "fusion": fusion_solve_kernel,
+        "modality adjoint": modality_adjoint_kernel,
+        "fusion adjoint": fusion_adjoint_kernel,
+        "parameter gradients": parameter_gradients_kernel,
+    }
+
+
+def programs(target: str) -> list[Program]:
+    """The shipped configurations at two of the paper's widths: N = 3, G = 4, the default solver."""
+    precision = "tf32" if TARGETS[target].backend == "hip" else "tf32x3"
     found = []
+    arch = TARGETS[target].arch
+    capability = arch if isinstance(arch, int) else 0
     for dim in (128, 500):
         layout = Layout(dim, 4)
-        shared = {
-            "G": layout.groups, "DG": layout.group, "P": layout.padded, "BM": config.rows,
-            "BK": min(config.depth, layout.padded), "M": 5, "RELATIVE": True, "PRECISION": "low",
+        solve = {
+            "DIM": dim, "G": layout.groups, "P": layout.padded, "M": 5, "RELATIVE": True,
+            "PRECISION": precision, "LADDER": "low",
         }  # fmt: skip
-        for skip in (False, True):
-            constants = {**shared, "SKIP": skip, "PRESENT": False}
-            name = f"modality d={dim}{' skip' if skip else ''}"
-            found.append(Program(name, "modality", constants, config.warps, config.stages))
-        for gate in ("sigmoid", "identity"):
-            constants = {
-                **shared, "N": 3, "SIGMOID": gate == "sigmoid", "GATE_MASK": 0,
-                "FUSION_MASK": False, "RELU_LAST": False,
-            }  # fmt: skip
-            name = f"fusion d={dim} {gate}"
-            found.append(Program(name, "fusion", constants, config.warps, config.stages))
+        modality = {"SKIP": False, "PRESENT": False}
+        fusion = {
+            "N": 3, "SIGMOID": True, "GATE_MASK": 0, "FUSION_MASK": False, "RELU_LAST": False,
+        }  # fmt: skip
+        forward = {"INIT": False, "TOLERANCE": False, "TRACE": False}
+        for schedule in SCHEDULES:
+            for kernel, constants in (
+                ("modality", {**modality, **forward}),
+                ("fusion", {**fusion, **forward}),
+                ("modality adjoint", {**modality, "TRUNCATED": False}),
+                ("fusion adjoint", {**fusion, "TRUNCATED": False}),
+            ):
+                config = shipped(schedule, adjoint="adjoint" in kernel, capability=capability)
+                tiles = {
+                    "BM": config.rows, "BK": min(config.depth, layout.padded),
+                    "COOPERATIVE": schedule == "cooperative",
+                }  # fmt: skip
+                name = f"{kernel} {schedule} d={dim}"
+                found.append(Program(name, kernel, {**solve, **tiles, **constants}, config))
+        found.append(
+            Program(
+                f"parameter gradients d={dim}",
+                "parameter gradients",
+                {
+                    **GRADIENT_TILES,
+                    "JOBS": 6,
+                    "SPLIT": 3,
+                    "SHARED": False,
+                    "FUSION": False,
+                    "OUTPUTS": 6,
+                    "V": 8,
+                    "DIM": dim,
+                    "G": layout.groups,
+                    "P": layout.padded,
+                    "PRECISION": precision,
+                },
+                GRADIENTS,
+            )
+        )
     return found
 
 
@@ -144,10 +191,7 @@ def compiled(program: Program, target: str) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from .fusion import fusion_row_kernel
-    from .modality import modality_row_kernel
-
-    kernel = {"modality": modality_row_kernel, "fusion": fusion_row_kernel}[program.kernel]
+    kernel = kernels()[program.kernel]
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set, expected it unset to compile programs")
     names = kernel.arg_names
@@ -170,7 +214,11 @@ def compiled(program: Program, target: str) -> Report:
     binary = triton.compile(
         source,
         target=GPUTarget(device.backend, device.arch, device.warp),
-        options={"num_warps": program.warps, "num_stages": program.stages},
+        options={
+            "num_warps": program.config.warps,
+            "num_stages": program.config.stages,
+            "launch_cooperative_grid": bool(program.constants.get("COOPERATIVE")),
+        },
     )
     registers, stack, code = (
         _nvidia(binary.asm["cubin"]) if device.backend == "cuda" else _amd(binary.asm["amdgcn"])
@@ -224,8 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)
     failed = False
-    for program in programs():
-        for target in options.target or TARGETS:
+    for target in options.target or TARGETS:
+        for program in programs(target):
             report = compiled(program, target)
             print(report, flush=True)
             for fault in report.faults():

@@ -101,6 +101,15 @@ def test_backend_asked_for_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEQFUSION_BACKEND", "reference")
     answers = doctor.implementations(registered)
     assert "DEQFUSION_BACKEND" in answers["cpu"]["reason"]
+    monkeypatch.setenv("DEQFUSION_BACKEND", "triton")
+    monkeypatch.setattr(doctor.kernels, "status", lambda: (True, "Triton imports"))
+    monkeypatch.setattr(doctor.kernels, "interpreted", lambda: False)
+    answers = doctor.implementations(registered)
+    assert answers["cuda"]["implementation"] == "triton"
+    assert answers["cpu"] == {
+        "implementation": "none: every solve is refused",
+        "reason": "TRITON_INTERPRET=1 is not set",
+    }
     monkeypatch.setenv("DEQFUSION_BACKEND", "nonsense")
     refused = doctor.implementations(registered)
     assert "refused" in refused["cpu"]["implementation"]
@@ -120,6 +129,7 @@ def test_operators_without_a_device_are_reported() -> None:
 def test_missing_names_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor, "installed_version", lambda package: None)
+    monkeypatch.setattr(doctor.kernels, "status", lambda: (False, "Triton cannot be imported"))
     absent = doctor.missing([])
     assert [line.partition(":")[0] for line in absent] == [
         "GPU that torch can use",

@@ -1,0 +1,142 @@
+"""The operators on the Triton programs of `deqfusion.kernels`.
+
+Functions take what the operators of `deqfusion.ops` take, in plain values of this library, and give
+the same. What the programs do not have is refused by name, never run elsewhere. Precision of the
+products follows the features and `torch.get_float32_matmul_precision()`:
+
+    float32    "highest": tf32x3 (ieee on AMD)    "high": tf32    "medium": bfloat16
+    bfloat16, float16: tf32, computed in float32 like everywhere
+
+Statistics, history and states are float32 throughout. With `ladder="auto"`, from width 256 on, the
+first steps have bfloat16 products; the steps that end a row do not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfusion import kernels
+from deqfusion.reference.accelerate import DEFAULT_RIDGE
+from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
+from deqfusion.reference.solve import LADDER_WIDTH, SolverOptions
+
+__all__ = ["adjoint_fusion", "adjoint_modality", "available", "solve_fusion", "solve_modality"]
+
+_ELSE = "DEQFUSION_BACKEND=reference runs it"
+
+
+def available(device: torch.device) -> None:
+    """Checks that the programs can run on a device.
+
+    Raises:
+        RuntimeError: if Triton is missing, or the device needs its interpreter and has it not.
+    """
+    if kernels.triton_version() is None:
+        raise RuntimeError(
+            f"GPU programs on {device.type}: Triton cannot be imported, expected it installed; "
+            "DEQFUSION_BACKEND=reference does without it"
+        )
+    if device.type == "cpu" and not kernels.interpreted():
+        raise RuntimeError(
+            "DEQFUSION_BACKEND=triton: got CPU tensors, expected CUDA ones, or TRITON_INTERPRET=1 "
+            "in the environment before Triton is imported (slow, for tests)"
+        )
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """The precision of products for features of a dtype, see the head of this file."""
+    amd = torch.version.hip is not None
+    wanted = "high"
+    if dtype == torch.float32:
+        wanted = torch.get_float32_matmul_precision()
+    if wanted == "medium":
+        return "low"
+    if device.type == "cpu" or (not amd and torch.cuda.get_device_capability(device)[0] < 8):
+        return "ieee"
+    if wanted == "high":
+        return "tf32"
+    return "ieee" if amd else "tf32x3"
+
+
+def _options(o: SolverOptions, x: Tensor) -> Any:
+    """A solver as the programs take it.
+
+    Raises:
+        ValueError: for what they do not have.
+    """
+    from deqfusion.kernels.config import SolveOptions
+
+    schedules = "the Triton programs (schedules row and cooperative)"
+    if o.method == "broyden":
+        raise ValueError(f"solver: got Broyden, {schedules} have Anderson and Picard; {_ELSE}")
+    if x.dtype == torch.float64:
+        raise ValueError(f"dtype: got {x.dtype}, {schedules} have float32 and less; {_ELSE}")
+    plain = o.method in ("picard", "truncated")
+    return SolveOptions(
+        rtol=o.rtol, atol=o.atol, max_steps=o.max_steps, memory=0 if plain else o.memory,
+        ridge=DEFAULT_RIDGE[torch.float32] if o.ridge is None else o.ridge,
+        relative=o.relative_ridge, mixing=o.mixing, precision=precision(x.dtype, x.device),
+        ladder=o.ladder and x.shape[-1] >= LADDER_WIDTH, truncated=o.method == "truncated",
+    )  # fmt: skip
+
+
+def solve_modality(
+    x: Tensor, init: Tensor | None, present: Tensor | None, p: ModalityParameters,
+    cell: CellOptions, o: SolverOptions, tolerance: Tensor | None, record: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `deqfusion.reference.solve.solve_modality`."""
+    from deqfusion.kernels import solves
+
+    return solves.solve_modality(
+        x.contiguous(), p, cell.num_groups, cell.skip, _options(o, x), init=init, present=present,
+        tolerance=tolerance, record=record,
+    )  # fmt: skip
+
+
+def adjoint_modality(
+    gradient: Tensor, z: Tensor, status: Tensor, x: Tensor, present: Tensor | None,
+    p: ModalityParameters, cell: CellOptions, o: SolverOptions,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `deqfusion.reference.adjoint.adjoint_modality`, flat."""
+    from deqfusion.kernels import solves
+
+    dx, gradients, outcome = solves.adjoint_modality(
+        gradient, z, status, x.contiguous(), p, cell.num_groups, cell.skip, _options(o, x),
+        present=present,
+    )  # fmt: skip
+    return dx, *gradients, *outcome
+
+
+def solve_fusion(
+    modalities: Tensor, injection: Tensor, init: Tensor | None, gate_mask: Tensor | None,
+    fusion_mask: Tensor | None, p: FusionParameters, cell: CellOptions, o: SolverOptions,
+    tolerance: Tensor | None, record: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `deqfusion.reference.solve.solve_fusion`."""
+    from deqfusion.kernels import solves
+
+    solution = solves.solve_fusion(
+        modalities, injection.contiguous(), p, cell.num_groups, cell.gate, cell.gate_input,
+        cell.tail, _options(o, injection), init=init, gate_mask=gate_mask, fusion_mask=fusion_mask,
+        tolerance=tolerance, record=record,
+    )  # fmt: skip
+    return tuple(solution)
+
+
+def adjoint_fusion(
+    gradient: Tensor, z: Tensor, status: Tensor, modalities: Tensor, injection: Tensor,
+    gate_mask: Tensor | None, fusion_mask: Tensor | None, p: FusionParameters, cell: CellOptions,
+    o: SolverOptions,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `deqfusion.reference.adjoint.adjoint_fusion`, flat, without the leading dimension 1."""
+    from deqfusion.kernels import solves
+
+    dm, dx, gradients, outcome = solves.adjoint_fusion(
+        gradient, z, status, modalities, injection.contiguous(), p, cell.num_groups, cell.gate,
+        cell.gate_input, cell.tail, _options(o, injection), gate_mask=gate_mask,
+        fusion_mask=fusion_mask,
+    )  # fmt: skip
+    return dm, dx, *gradients, *(t.squeeze(0) for t in outcome)

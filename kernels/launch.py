@@ -1,0 +1,235 @@
+"""Launching a program: what it allocates, which schedule it gets, and what is said if it fails.
+
+Nothing is tuned here and nothing waits for the device: shapes and options decide.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from .config import MAX_PADDED, Config, SolveOptions, default_config
+from .layout import Layout
+from .primitives import interpreted
+
+T = TypeVar("T")
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def product_precision(precision: str) -> str:
+    """What the device functions are told for an option of `kernels.config.PRECISIONS`."""
+    return "rounded" if precision == "low" and interpreted() else precision
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 0 where programs are interpreted."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability of a CUDA device, as 90; 0 for others."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One solve: K blocks of R rows of width d, on a device.
+
+    Attributes:
+        layout, blocks, rows, options, config, device: what was asked for.
+        size: R', R rounded up to whole programs; programs: along the rows.
+    """
+
+    layout: Layout
+    blocks: int
+    rows: int
+    options: SolveOptions
+    config: Config
+    device: torch.device
+
+    @staticmethod
+    def new(
+        layout: Layout, blocks: int, rows: int, options: SolveOptions, config: Config | None,
+        device: torch.device, adjoint: bool = False,
+    ) -> Plan:  # fmt: skip
+        """Checks the width and chooses a config where none is given.
+
+        Raises:
+            ValueError: for a group wider than a tile may be.
+        """
+        if layout.padded > MAX_PADDED:
+            raise ValueError(
+                f"dim {layout.dim} in {layout.groups} groups: got {layout.group} channels per "
+                f"group, schedules row and cooperative have at most {MAX_PADDED}; "
+                "DEQFUSION_BACKEND=reference has no limit"
+            )
+        if config is None:
+            config = default_config(
+                rows, layout.groups, blocks, processors(device), adjoint=adjoint,
+                capability=capability(device),
+            )  # fmt: skip
+        return Plan(layout, blocks, rows, options, config, device)
+
+    @property
+    def programs(self) -> int:
+        """Row blocks."""
+        return -(-self.rows // self.config.rows)
+
+    @property
+    def size(self) -> int:
+        """R', rows of the scratch tensors."""
+        return self.programs * self.config.rows
+
+    @property
+    def cooperative(self) -> bool:
+        """Whether the groups are programs of their own."""
+        return self.config.schedule == "cooperative"
+
+    @property
+    def groups(self) -> int:
+        """Programs per row block and block."""
+        return self.layout.groups if self.cooperative else 1
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uninitialised scratch."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def rows_of(self, *leading: int) -> Tensor:
+        """Scratch (*leading, R', W)."""
+        return self.empty(*leading, self.size, self.layout.width)
+
+    def history(self) -> tuple[Tensor, ...]:
+        """f, g, gram, partials and counters of the solver."""
+        slots = self.options.slots
+        f, g = (self.rows_of(max(slots, 1), self.blocks) for _ in range(2))
+        gram = self.empty(self.groups, self.blocks, self.size, slots, slots)
+        if self.cooperative:
+            # Two halves of ten sums per group and row.
+            partials = self.empty(20 * self.layout.groups * self.blocks * self.size)
+            return f, g, gram, partials, self._meeting_counters()
+        return f, g, gram, gram, gram
+
+    def _meeting_counters(self) -> Tensor:
+        """Zeros, two per row block and block; kernels leave them so, so that they are kept."""
+        count = 2 * self.blocks * self.programs
+        if self.device.type != "cuda":
+            return torch.zeros(count, dtype=torch.int32)
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(count, dtype=torch.int32, device=self.device)
+        key = (self.device.index or 0, torch.cuda.current_stream(self.device).cuda_stream)
+        kept = _counters.get(key)
+        if kept is None or kept.numel() < count:
+            kept = torch.zeros(max(count, 1024), dtype=torch.int32, device=self.device)
+            _counters[key] = kept
+        return kept
+
+    def numbers(self) -> tuple[float | int, ...]:
+        """rows, padded rows, max_steps, rtol, atol, ridge, mixing."""
+        o = self.options
+        return self.rows, self.size, o.max_steps, o.rtol, o.atol, o.ridge, o.mixing
+
+    def constants(self) -> dict[str, Any]:
+        """What every solve program is specialised on."""
+        o, c = self.options, self.config
+        return {
+            "DIM": self.layout.dim, "G": self.layout.groups, "P": self.layout.padded,
+            "BM": c.rows, "BK": min(c.depth, self.layout.padded), "M": o.slots,
+            "RELATIVE": o.relative, "PRECISION": product_precision(o.precision),
+            "LADDER": product_precision("low") if o.climbs else "",
+            "COOPERATIVE": self.cooperative,
+        }  # fmt: skip
+
+    def run(self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Launches a solve program over all row blocks.
+
+        Raises:
+            NotResident: if the plan is cooperative and the device cannot hold its programs at once.
+        """
+        grid = (self.programs, self.blocks, self.groups)
+        arguments = (*arguments, *self.numbers())
+        constants = {**constants, **self.constants()}
+        extra: dict[str, Any] = {}
+        if self.cooperative and self.device.type == "cuda":
+            extra["launch_cooperative_grid"] = True
+            held = resident(kernel, arguments, {**constants, **extra}, self.config, self.device)
+            if math.prod(grid) > held:
+                raise NotResident(f"{math.prod(grid)} programs, the device holds {held} at once")
+        shape = f"{self.blocks} x {self.rows} rows of {self.layout.dim}"
+        launch(kernel, grid, arguments, constants, self.config, shape, extra)
+
+
+class NotResident(RuntimeError):
+    """A cooperative launch has more programs than the device can hold at once."""
+
+
+def solved(plan: Plan, run: Callable[[Plan], T]) -> T:
+    """run(plan); a cooperative plan too large for its device runs in schedule row instead."""
+    try:
+        return run(plan)
+    except NotResident:
+        return run(replace(plan, config=replace(plan.config, schedule="row")))
+
+
+def resident(
+    kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], config: Config,
+    device: torch.device,
+) -> int:  # fmt: skip
+    """Programs that the device can hold at once, by registers, shared memory and threads."""
+    compiled = kernel.warmup(
+        *arguments, grid=(1,), **constants, num_warps=config.warps, num_stages=config.stages
+    )
+    compiled._init_handles()
+    properties = torch.cuda.get_device_properties(device)
+    threads = config.warps * properties.warp_size
+    registers = -(-compiled.n_regs // 8) * 8 * threads
+    each = min(
+        getattr(properties, "regs_per_multiprocessor", 65536) // max(registers, 1),
+        properties.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024),
+        properties.max_threads_per_multi_processor // threads,
+    )
+    return each * properties.multi_processor_count
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any],
+    config: Config, shape: str, extra: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Launches a kernel.
+
+    Raises:
+        RuntimeError: if it cannot be compiled for the device: names program, config and device.
+        torch.OutOfMemoryError, and errors of the launch itself, as they are, with a note on the
+            shape and the config.
+    """
+    options = {"num_warps": config.warps, "num_stages": config.stages, **(extra or {})}
+    try:
+        kernel[grid](*arguments, **constants, **options)
+    except (CompilationError, OutOfResources, PTXASError) as error:
+        raise RuntimeError(
+            f"{kernel.__name__} with {config} cannot be compiled for {_device(arguments)}: "
+            f"{str(error).splitlines()[0]}; DEQFUSION_BACKEND=reference does without it"
+        ) from error
+    except Exception as error:
+        error.add_note(f"in {kernel.__name__} with {config}, {shape}")
+        raise
+
+
+def _device(arguments: tuple[Any, ...]) -> str:
+    device = arguments[0].device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1,0 +1,71 @@
+r"""How the groups of a row block share a launch: schedules *row* and *cooperative*.
+
+    row           one program evaluates all G groups of its BM rows, one after the other
+    cooperative   G programs of one launch evaluate a group each, and meet between phases
+
+Both run the same kernels. A cooperative program owns group `tl.program_id(2)`; what another group's
+program wrote may be read after a meeting. A meeting is a counter per row block that only grows:
+every program adds 1 (release) and waits until all G have (acquire). All programs of a meeting must
+be resident at once, so the launch is cooperative and no larger than the device (`launch.py`). The
+last program to leave sets the counter back to 0 for the next launch.
+
+Sums over channels go through `exchange`: partial sums of every group in global memory, added in the
+order of the groups by every program, so that all G take the same decisions, bit by bit those of
+schedule *row*.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SUMS = tl.constexpr(10)
+
+
+@triton.jit
+def own_groups(G: tl.constexpr):
+    """First and last (exclusive) group of a program.
+
+    From the grid and not from a constant: a loop over what is known to be one group would be undone
+    by the compiler, and the addresses of its tiles kept in registers that there are not.
+    """
+    each = G // tl.num_programs(2)
+    first = tl.program_id(2) * each
+    return first, first + each
+
+
+@triton.jit
+def meet(counter, meeting, G: tl.constexpr, COOPERATIVE: tl.constexpr):
+    """Waits until all programs of a row block are here for the `meeting`-th time (from 1)."""
+    tl.debug_barrier()
+    if COOPERATIVE:
+        seen = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1
+        while seen < meeting * G:
+            seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        tl.debug_barrier()
+
+
+@triton.jit
+def leave(counter, G: tl.constexpr, COOPERATIVE: tl.constexpr):
+    """Says goodbye; the last of a row block's programs clears its two counters."""
+    if COOPERATIVE:
+        tl.debug_barrier()
+        gone = tl.atomic_add(counter + 1, 1, sem="acq_rel", scope="gpu")
+        if gone == G - 1:
+            tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
+            tl.atomic_xchg(counter + 1, 0, sem="release", scope="gpu")
+
+
+@triton.jit
+def share(partials, slot: tl.constexpr, value, group, BM: tl.constexpr):
+    """Stores one group's part [BM] of sum number `slot`; partials: of one meeting, (G, 10, BM)."""
+    tl.store(partials + (group * SUMS + slot) * BM + tl.arange(0, BM), value)
+
+
+@triton.jit
+def gather(partials, slot: tl.constexpr, BM: tl.constexpr, G: tl.constexpr):
+    """Sum number `slot` [BM] over all groups, in their order."""
+    total = tl.zeros([BM], dtype=tl.float32)
+    for group in range(0, G):
+        total += tl.load(partials + (group * SUMS + slot) * BM + tl.arange(0, BM))
+    return total

@@ -1,0 +1,376 @@
+"""The solves and their adjoints as functions of tensors: one launch each, and one for parameters.
+
+Shapes: K modalities, R rows, d channels. Features, states and gradients are contiguous and of any
+float dtype up to fp32; results have the features' dtype, gradients of parameters the parameters'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import GRADIENT_TILES, GRADIENTS, Config, SolveOptions
+from .fusion import fusion_solve_kernel
+from .fusion_adjoint import fusion_adjoint_kernel
+from .gradients import parameter_gradients_kernel
+from .launch import Plan, launch, solved
+from .layout import Layout
+from .modality import modality_solve_kernel
+from .modality_adjoint import modality_adjoint_kernel
+from .packing import packed
+
+
+class Solved(NamedTuple):
+    """State (K, R, d), status, steps int32 and residual fp32 (K, R), trace fp32 (K, R, T, 2)."""
+
+    state: Tensor
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+    trace: Tensor
+
+
+class Linear(NamedTuple):
+    """Outcome of an adjoint solve: status, steps int32 and residual fp32 (K, R)."""
+
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+
+
+def _outcome(plan: Plan) -> Linear:
+    shape = plan.blocks, plan.rows
+    return Linear(
+        plan.empty(*shape, dtype=torch.int32), plan.empty(*shape, dtype=torch.int32),
+        plan.empty(*shape),
+    )  # fmt: skip
+
+
+def _trace(plan: Plan, record: bool) -> Tensor:
+    steps = plan.options.max_steps if record else 0
+    shape = (plan.blocks, plan.rows, steps, 2)
+    return torch.full(shape, torch.nan, dtype=torch.float32, device=plan.device)
+
+
+def _bytes(mask: Tensor | None, other: Tensor) -> Tensor:
+    return other if mask is None else mask.contiguous().view(torch.int8)
+
+
+def solve_modality(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    groups: int,
+    skip: bool,
+    options: SolveOptions,
+    *,
+    init: Tensor | None = None,
+    present: Tensor | None = None,
+    tolerance: Tensor | None = None,
+    record: bool = False,
+    config: Config | None = None,
+) -> Solved:
+    """The K modality equilibria of every row.
+
+    Args:
+        x: (K, R, d) features.
+        parameters: weight1, bias1, norm1_weight, norm1_bias, weight2, bias2, norm2_weight,
+            norm2_bias, norm3_weight, norm3_bias; weights (K, d, d), the others (K, d).
+        groups: G of the normalisations; skip: adds z to t.
+        options: of the solve.
+        init: (K, R, d) or None (zeros), where to start.
+        present: bool (K, R) or None; absent modalities keep state 0, CONVERGED, 0 steps.
+        tolerance: () float tensor in place of `options.rtol`.
+        record: whether to return the trace.
+        config: schedule and tiles; None: `default_config`.
+
+    Raises:
+        ValueError: for a width that no schedule supports; as `launch` does.
+    """
+    count, rows, dim = x.shape
+    layout = Layout(dim, groups)
+    plan = Plan.new(layout, count, rows, options, config, x.device)
+
+    def run(plan: Plan) -> Solved:
+        out, outcome, trace = torch.empty_like(x), _outcome(plan), _trace(plan, record)
+        if rows == 0 or count == 0:
+            return Solved(out, *outcome, trace)
+        weights = packed(
+            (parameters[0], parameters[4]), (*parameters[1:4], *parameters[5:]), layout, False,
+            options.climbs,
+        )  # fmt: skip
+        low = weights.low if options.climbs else weights.forward
+        f, g, *rest = plan.history()
+        plan.run(
+            modality_solve_kernel,
+            (
+                x, x if init is None else init.contiguous(), _bytes(present, x), out, *outcome,
+                trace, outcome.residual if tolerance is None else tolerance, *weights.forward,
+                *low, weights.vectors, *(plan.rows_of(count) for _ in range(5)), f, g, *rest,
+            ),
+            {
+                "SKIP": skip, "INIT": init is not None, "PRESENT": present is not None,
+                "TOLERANCE": tolerance is not None, "TRACE": record,
+            },
+        )  # fmt: skip
+        return Solved(out, *outcome, trace)
+
+    return solved(plan, run)
+
+
+def adjoint_modality(
+    gradient: Tensor,
+    state: Tensor,
+    status: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    groups: int,
+    skip: bool,
+    options: SolveOptions,
+    *,
+    present: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, list[Tensor], Linear]:
+    """Gradients of the modality equilibria.
+
+    Args:
+        gradient, state: (K, R, d), dL/dz* and z*; status: int32 (K, R) of the solve.
+        x, parameters, groups, skip, present: as in `solve_modality`.
+        options: of the solve of lambda = g + J^T lambda.
+
+    Returns:
+        dL/dx (K, R, d), the parameters' gradients in their order, and the linear solve's outcome.
+    """
+    count, rows, dim = x.shape
+    layout = Layout(dim, groups)
+    plan = Plan.new(layout, count, rows, options, config, x.device, True)
+
+    def run(plan: Plan) -> tuple[Tensor, list[Tensor], Linear]:
+        dx, outcome = torch.empty_like(x), _outcome(plan)
+        if rows == 0 or count == 0:
+            return (
+                dx,
+                [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters],
+                outcome,
+            )
+        weights = packed(
+            (parameters[0], parameters[4]), (*parameters[1:4], *parameters[5:]), layout, True,
+            options.climbs,
+        )  # fmt: skip
+        low = weights.low if options.climbs else weights.backward
+        left, right = plan.rows_of(2, count), plan.rows_of(2, count)
+        sums = plan.empty(plan.programs, 8, count, layout.width)
+        plan.run(
+            modality_adjoint_kernel,
+            (
+                gradient.contiguous(), state.contiguous(), status.contiguous(), x,
+                _bytes(present, x), dx, *outcome, *weights.forward, *weights.backward, *low,
+                weights.vectors, *(plan.rows_of(count) for _ in range(5)),
+                plan.rows_of(3, count), plan.empty(count, plan.size, groups, 3),
+                plan.empty(count, plan.size), left, right, sums, *plan.history(),
+            ),
+            {"SKIP": skip, "PRESENT": present is not None, "TRUNCATED": options.truncated},
+        )  # fmt: skip
+        found = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
+        vectors = (*found[1:4], *found[5:])
+        _parameter_gradients(
+            plan, left, right, sums, found[0], found[4], vectors, count, False, False
+        )
+        return dx, found, outcome
+
+    return solved(plan, run)
+
+
+def _fusion_flags(gate: str, tail: str, gate_mask: Tensor | None, fusion_mask: Tensor | None,
+                  count: int) -> dict[str, Any]:  # fmt: skip
+    return {
+        "N": count, "SIGMOID": gate == "sigmoid", "RELU_LAST": tail == "norm_relu",
+        "GATE_MASK": 0 if gate_mask is None else gate_mask.shape[-1],
+        "FUSION_MASK": fusion_mask is not None,
+    }  # fmt: skip
+
+
+def _or(t: Tensor | None, other: Tensor) -> Tensor:
+    return other if t is None else t.contiguous()
+
+
+def solve_fusion(
+    modalities: Tensor,
+    injection: Tensor,
+    parameters: Sequence[Tensor],
+    groups: int,
+    gate: str,
+    gate_input: str,
+    tail: str,
+    options: SolveOptions,
+    *,
+    init: Tensor | None = None,
+    gate_mask: Tensor | None = None,
+    fusion_mask: Tensor | None = None,
+    tolerance: Tensor | None = None,
+    record: bool = False,
+    config: Config | None = None,
+) -> Solved:
+    """The fusion equilibrium of every row, K = 1.
+
+    Args:
+        modalities: (N, R, d), z_i*; injection: (R, d), x_f.
+        parameters: gate_weight (d, d) or (d, 2 d), gate_bias, weight (d, d), bias, norm_weight,
+            norm_bias (d,).
+        groups, gate, gate_input, tail: as in the cell.
+        init: (R, d) or None (zeros), where to start.
+        gate_mask: (N, R, 1 or d) or None, M_i; fusion_mask: (R, d) or None, F.
+        options, tolerance, record, config: as in `solve_modality`.
+    """
+    count, rows, dim = modalities.shape
+    layout = Layout(dim, groups)
+    plan = Plan.new(layout, 1, rows, options, config, injection.device)
+
+    def run(plan: Plan) -> Solved:
+        out = torch.empty_like(injection)
+        outcome, trace = _outcome(plan), _trace(plan, record)
+        if rows == 0:
+            return Solved(out.unsqueeze(0), *outcome, trace)
+        weights = packed(*_fusion_parameters(parameters, gate_input), layout, False, options.climbs)
+        wg, wf, *wm = weights.forward.squeeze(1)
+        low = (weights.low if options.climbs else weights.forward).squeeze(1)
+        plan.run(
+            fusion_solve_kernel,
+            (
+                modalities.contiguous(), injection, _or(init, injection),
+                _or(gate_mask, injection), _or(fusion_mask, injection), out, *outcome, trace,
+                outcome.residual if tolerance is None else tolerance, wg, wf, low[0], low[1],
+                wm[0] if wm else wg, weights.vectors, plan.rows_of(count), plan.rows_of(count),
+                *(plan.rows_of() for _ in range(5)), *plan.history(),
+            ),
+            {
+                **_fusion_flags(gate, tail, gate_mask, fusion_mask, count),
+                "INIT": init is not None, "TOLERANCE": tolerance is not None, "TRACE": record,
+            },
+        )  # fmt: skip
+        return Solved(out.unsqueeze(0), *outcome, trace)
+
+    return solved(plan, run)
+
+
+def adjoint_fusion(
+    gradient: Tensor,
+    state: Tensor,
+    status: Tensor,
+    modalities: Tensor,
+    injection: Tensor,
+    parameters: Sequence[Tensor],
+    groups: int,
+    gate: str,
+    gate_input: str,
+    tail: str,
+    options: SolveOptions,
+    *,
+    gate_mask: Tensor | None = None,
+    fusion_mask: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor], Linear]:
+    """Gradients of the fusion equilibrium.
+
+    Args:
+        gradient, state: (R, d), dL/dz_f* and z_f*; status: int32 (R,) of the solve.
+        modalities, injection, parameters, groups, gate, gate_input, tail, gate_mask, fusion_mask:
+            as in `solve_fusion`.
+        options: of the solve of lambda = g + J^T lambda.
+
+    Returns:
+        dL/dz_i (N, R, d), dL/dx_f (R, d), the parameters' gradients in their order, and the linear
+        solve's outcome (K = 1).
+    """
+    count, rows, dim = modalities.shape
+    layout = Layout(dim, groups)
+    plan = Plan.new(layout, 1, rows, options, config, injection.device, True)
+    shared = gate_input == "sum"
+
+    def run(plan: Plan) -> tuple[Tensor, Tensor, list[Tensor], Linear]:
+        dm = torch.empty_like(modalities, memory_format=torch.contiguous_format)
+        dx, outcome = torch.empty_like(injection), _outcome(plan)
+        if rows == 0:
+            nothing = [
+                torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters
+            ]
+            return dm, dx, nothing, outcome
+        weights = packed(*_fusion_parameters(parameters, gate_input), layout, True, options.climbs)
+        forward, backward = weights.forward.squeeze(1), weights.backward.squeeze(1)
+        low = (weights.low if options.climbs else weights.backward).squeeze(1)
+        gate_of_modalities = 0 if shared else 2
+        left, right = plan.rows_of(2 + count), plan.rows_of(2 + count)
+        sums = plan.empty(plan.programs, 4, 1, layout.width)
+        plan.run(
+            fusion_adjoint_kernel,
+            (
+                gradient.contiguous(), state.contiguous(), status.contiguous(),
+                modalities.contiguous(), injection, _or(gate_mask, injection),
+                _or(fusion_mask, injection), dm, dx, *outcome,
+                forward[0], forward[1], forward[gate_of_modalities],
+                backward[0], backward[1], backward[gate_of_modalities], low[0], low[1],
+                weights.vectors, *(plan.rows_of() for _ in range(10)),
+                plan.empty(plan.size, groups), plan.rows_of(count), plan.empty(plan.size), left,
+                right, sums,
+                *plan.history(),
+            ),
+            {
+                **_fusion_flags(gate, tail, gate_mask, fusion_mask, count),
+                "TRUNCATED": options.truncated,
+            },
+        )  # fmt: skip
+        found = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
+        gate_weight, gate_bias, weight, *rest = found
+        _parameter_gradients(
+            plan, left, right, sums, weight, gate_weight, (gate_bias, *rest), 1, True, shared
+        )
+        return dm, dx, found, outcome
+
+    return solved(plan, run)
+
+
+def _fusion_parameters(
+    parameters: Sequence[Tensor], gate_input: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights (1, d, d): the gate's of z_f, fusion, and where it is another the gate's of z_i; and
+    vectors (1, d)."""
+    gate_weight, gate_bias, weight, bias, norm_weight, norm_bias = parameters
+    dim = weight.shape[0]
+    weights = [gate_weight[:, :dim], weight]
+    if gate_input == "concat":
+        weights.append(gate_weight[:, dim:])
+    vectors = [gate_bias, bias, norm_weight, norm_bias]
+    return [w.unsqueeze(0) for w in weights], [v.unsqueeze(0) for v in vectors]
+
+
+def _parameter_gradients(
+    plan: Plan, left: Tensor, right: Tensor, sums: Tensor, a: Tensor, b: Tensor,
+    vectors: Sequence[Tensor], split: int, fusion: bool, shared: bool,
+) -> None:  # fmt: skip
+    """Fills the weights' gradients a, b and the vectors'; left, right (jobs..., R', W)."""
+    layout = plan.layout
+    left, right = (t.flatten(0, -3) for t in (left, right))
+    # Powers of two that divide the width: a group's padded one does.
+    tiles = dict(GRADIENT_TILES)
+    for name in ("BO", "BI", "BV"):
+        while layout.width % tiles[name]:
+            tiles[name] //= 2
+    outputs = (2 if shared else 3) if fusion else 2 * split
+    columns = sums[0].numel()
+    programs = outputs * (layout.width // tiles["BO"]) * (layout.width // tiles["BI"])
+    precision = plan.options.precision
+    launch(
+        parameter_gradients_kernel, (programs + columns // tiles["BV"],),
+        (
+            left, right, sums, a, b, *vectors, *([vectors[0]] * (8 - len(vectors))), plan.size,
+            plan.programs, columns,
+        ),
+        {
+            "JOBS": left.shape[0], "SPLIT": split, "SHARED": shared, "FUSION": fusion,
+            "OUTPUTS": outputs, "V": len(vectors), "DIM": layout.dim, "G": layout.groups,
+            "P": layout.padded, **tiles, "PRECISION": "tf32" if precision == "low" else precision,
+        },
+        GRADIENTS, f"{plan.blocks} x {plan.rows} rows of {layout.dim}",
+    )  # fmt: skip

@@ -1,0 +1,196 @@
+"""The programs of all four solves, interpreted, against fp64 and the CPU implementation."""
+
+import itertools
+
+import pytest
+import torch
+
+from deqfusion import Status
+from deqfusion.kernels import solves
+from deqfusion.kernels.config import Config, SolveOptions
+from tests.kernels.problems import CONFIG, Problem, compare, tensors
+
+TIGHT = SolveOptions(rtol=1e-5)
+
+
+# A few steps: rows without an attracting equilibrium, which the identity gate and the skip
+# connection have, magnify roundings.
+FEW = SolveOptions(rtol=1e-9, max_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("gate", "gate_input", "tail"),
+    list(itertools.product(["sigmoid", "identity"], ["sum", "concat"], ["relu_norm", "norm_relu"])),
+)
+def test_options_of_the_fusion_cell(gate, gate_input, tail):
+    problem = Problem.new(gate=gate, gate_input=gate_input, tail=tail)
+    compare(problem, FEW, blocks="fusion")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_options_of_the_modality_cell(skip):
+    compare(Problem.new(skip=skip), FEW, blocks="modality")
+
+
+@pytest.mark.parametrize(
+    ("dim", "groups", "rows", "memory"), [(20, 1, 1, 0), (24, 3, 17, 1), (20, 2, 2, 8)]
+)
+def test_widths_rows_and_memories(dim, groups, rows, memory):
+    options = SolveOptions(rtol=1e-4, memory=memory, max_steps=12)
+    compare(Problem.new(dim, 1, rows, num_groups=groups), options)
+
+
+def test_to_a_tight_tolerance():
+    got = compare(Problem.new(), TIGHT)
+    assert (got["z"].status == Status.CONVERGED).all()
+    assert (got["z"].residual <= TIGHT.rtol).all()
+    assert (got["zf"].residual <= TIGHT.rtol).all()
+
+
+def test_mixing_and_absolute_tolerance():
+    compare(Problem.new(), SolveOptions(mixing=0.7, rtol=1e-5, atol=1e-2, memory=4))
+
+
+@pytest.mark.parametrize("width", [1, 16])
+def test_masks_and_warm_start(width):
+    torch.manual_seed(5)
+    masks = {
+        "gate_mask": torch.bernoulli(torch.full((2, 3, width), 0.6)) / 0.6,
+        "fusion_mask": torch.bernoulli(torch.full((3, 16), 0.8)) / 0.8,
+        "present": torch.tensor([[True, False, True], [True, True, True]]),
+        "init": torch.randn(2, 3, 16),
+    }
+    got = compare(Problem.new(), SolveOptions(rtol=1e-4), **masks)
+    assert not got["z"].state[0, 1].any()
+    assert got["z"].steps[0, 1] == 0
+
+
+def test_groups_that_are_programs_of_their_own():
+    """With one group nobody waits, so that schedule cooperative runs in the interpreter."""
+    problem = Problem.new(12, num_groups=1)
+    together = compare(problem, TIGHT, Config("cooperative", depth=16))
+    alone = compare(problem, TIGHT, CONFIG)
+    for name, value in tensors(alone).items():
+        assert torch.equal(value, tensors(together)[name]), name
+
+
+def test_rows_that_are_not_finite():
+    problem = Problem.new(count=1, rows=5)
+    options = SolveOptions(max_steps=6)
+    clean = problem.programs(options, (problem.features, problem.injection))
+    for row, value in ((1, torch.nan), (2, torch.inf), (3, -torch.inf)):
+        problem.features[0, row, 3] = problem.injection[row, 5] = value
+    states = (
+        torch.where(problem.features.isfinite(), problem.features, 0.0),
+        torch.where(problem.injection.isfinite(), problem.injection, 0.0),
+    )
+    got = problem.programs(options, states)
+    assert (got["z"].status[0, 1:4] == Status.NON_FINITE).all()
+    assert (got["zf"].status[0, 1:4] == Status.NON_FINITE).all()
+    assert not got["z"].state[0, 1:4].any()
+    others = torch.tensor([0, 4])
+    for name in ("z", "zf"):
+        assert torch.equal(got[name].state[:, others], clean[name].state[:, others])
+    for name, tensor in tensors(got).items():
+        assert tensor.isfinite().all(), name
+    assert not got["back"][0][0, 1:4].any()
+
+
+def test_gradients_that_are_not_finite_or_zero():
+    problem = Problem.new(num_groups=1)
+    problem.gradient[:, 0] = 0.0
+    problem.gradient[1, 2, 4] = torch.nan
+    states = problem.features, problem.injection
+    dx, _, outcome = problem.programs(SolveOptions(), states)["back"]
+    assert not dx[:, 0].any()
+    assert (outcome.steps[:, 0] == 0).all()
+    assert outcome.status[1, 2] == Status.NON_FINITE
+    assert not dx[1, 2].isfinite().all()
+    assert dx[0].isfinite().all()
+
+
+def test_gradients_scale():
+    """A gradient 1e25 times smaller takes the same steps."""
+    problem = Problem.new(count=1)
+    states = problem.features, problem.injection
+    large = problem.programs(SolveOptions(), states)
+    problem.gradient *= 1e-25
+    small = problem.programs(SolveOptions(), states)
+    for name in ("back", "fused_back"):
+        assert torch.equal(large[name][-1].steps, small[name][-1].steps)
+        torch.testing.assert_close(small[name][0] * 1e25, large[name][0], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("change", [{"ladder": True}, {"precision": "low"}])
+def test_low_precision(change):
+    """The ladder meets the tolerance in fp32; bfloat16 throughout its own, looser one."""
+    rtol = 1e-4 if "ladder" in change else 1e-2
+    problem = Problem.new(count=1)
+    expected = problem.programs(SolveOptions(rtol=1e-6), (problem.features, problem.injection))
+    got = problem.programs(SolveOptions(rtol=rtol, **change), (problem.features, problem.injection))
+    for name in ("z", "zf"):
+        assert (got[name].status == Status.CONVERGED).all()
+        assert (got[name].residual <= rtol).all()
+        error = (got[name].state - expected[name].state).norm(dim=-1)
+        assert (error <= 4 * rtol * expected[name].state.norm(dim=-1)).all()
+    for name in ("back", "fused_back"):
+        assert (got[name][-1].status == Status.CONVERGED).all()
+        error = (got[name][0] - expected[name][0]).norm()
+        assert error <= 8 * rtol * expected[name][0].norm()
+
+
+def test_rows_do_not_see_each_other():
+    problem = Problem.new(count=1, rows=18)
+    options = SolveOptions(ladder=True)
+    whole = solves.solve_modality(problem.features, problem.modality, 2, False, options)
+    some = torch.tensor([17, 3])
+    part = solves.solve_modality(
+        problem.features[:, some].contiguous(), problem.modality, 2, False, options
+    )
+    assert torch.equal(part.state, whole.state[:, some])
+    assert torch.equal(part.steps, whole.steps[:, some])
+
+
+def test_trace():
+    problem = Problem.new(count=1)
+    got = solves.solve_modality(
+        problem.features, problem.modality, 2, False, SolveOptions(), record=True
+    )
+    steps = torch.arange(50)
+    taken = steps < got.steps.unsqueeze(-1)
+    assert torch.equal(got.trace[..., 0].isfinite(), taken)
+    last = got.trace.gather(2, (got.steps.long() - 1)[..., None, None].expand(-1, -1, -1, 2))
+    torch.testing.assert_close((last[..., 0] / last[..., 1]).squeeze(-1), got.residual)
+
+
+def test_empty_batch():
+    problem = Problem.new(rows=0)
+    got = problem.programs(SolveOptions(), (problem.features, problem.injection))
+    assert got["z"].state.shape == (2, 0, 16)
+    assert not any(g.any() for g in got["back"][1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"memory": 9}, "memory: got 9, expected 0 to 8"), ({"precision": "fp8"}, "precision: got"),
+     ({"max_steps": 0}, "max_steps: got 0")],
+)  # fmt: skip
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        SolveOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"rows": 24}, "rows: got 24, expected a power of two"), ({"warps": 0}, "warps: got 0"),
+     ({"schedule": "fast"}, "schedule: got 'fast', expected one of row, cooperative")],
+)  # fmt: skip
+def test_configs_out_of_range(config, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**config)
+
+
+def test_a_width_that_no_tile_holds():
+    x = torch.randn(1, 1, 1030)
+    with pytest.raises(ValueError, match=r"dim 1030 in 1 groups: got 1030 channels per group"):
+        solves.solve_modality(x, [x] * 10, 1, False, SolveOptions())
