@@ -30,7 +30,7 @@ from ..data import DIGITS_MODALITIES, DigitsPart, load_digits
 from ..module import DEQFusion
 from ..solution import Equilibrium
 from ..solvers import Anderson, Picard
-from .arguments import real_number, whole_number
+from .arguments import RealNumber, WholeNumber
 from .classifier import MultimodalClassifier
 from .engine import HISTORY_COLUMNS, FitOptions, FitResult, Rows, fit
 from .metrics import classification_metrics
@@ -98,20 +98,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument(
         "--epochs",
-        type=whole_number(1),
+        type=WholeNumber(1),
         default=defaults.epochs,
         help=f"default {defaults.epochs}",
     )
     parser.add_argument(
         "--seeds",
-        type=whole_number(1),
+        type=WholeNumber(1),
         default=len(defaults.seeds),
         metavar="COUNT",
         help=f"seeds 0 to COUNT - 1 (default {len(defaults.seeds)})",
     )
     parser.add_argument(
         "--noise",
-        type=real_number(0.0),
+        type=RealNumber(0.0),
         default=defaults.noise,
         help=f"of the noisy modality, in standard deviations (default {defaults.noise:g})",
     )
