@@ -116,6 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of the noisy modality, in standard deviations (default {defaults.noise:g})",
     )
     parser.add_argument("--no-timing", action="store_true", help="leave the timing out")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,10 +132,10 @@ def run(args: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     _one_thread()
     try:
-        comparison = compare(options, workers=min(2, os.cpu_count() or 1), progress=True)
+        comparison = compare(options, workers=min(2, os.cpu_count() or 1), progress=not args.quiet)
     finally:
         torch.set_num_threads(threads)
-    timings = [] if args.no_timing else time_fusion(progress=True)
+    timings = [] if args.no_timing else time_fusion(progress=not args.quiet)
     report = args.out / "index.html"
     text = page(comparison, timings)
     write_atomically(report, lambda path: path.write_text(text, encoding="utf-8"))

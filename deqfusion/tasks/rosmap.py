@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -89,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="R repeated stratified splits of all rows instead of the given split",
     )
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     model = parser.add_argument_group("model")
     model.add_argument(
         "--fusion", default=None, help="deq (default), concat, sum, gated or weight_tied:K"
@@ -136,6 +139,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deqfusion evaluate`."""
     parser.add_argument("--checkpoint", required=True, type=Path, help="folder of a finished run")
     parser.add_argument("--data-dir", required=True, type=Path, help="folder in MOGONET's layout")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -170,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
             _run_splits(args, data, config)
         else:
             folder = RunDirectory.open(args.out, config, resume=args.resume)
-            metrics = _run_split(folder, config, data, "training")
+            metrics = _run_split(folder, config, data, None if args.quiet else "training")
             print(_table({"given split": metrics}))
             print(f"run: {args.out}")
     except TrainingDivergedError as error:
@@ -180,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Print the metrics of a finished run on the test rows of a folder.
+    """Print the metrics of a finished run on the test rows of a folder, as text or as JSON.
 
     Returns:
         0.
@@ -232,7 +236,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
         *_, split = repeated_splits(data, config["split"] + 1, config["seed"])
         test, name = split.test, f"test rows of split {config['split']}"
     _check_scaled(args.data_dir, config["modalities"], data, test, scaling)
-    print(_table({name: _evaluate(model, scaling, test)}))
+    metrics = _evaluate(model, scaling, test)
+    if args.json:
+        print(json.dumps({"rows": name, **_json_values(metrics)}, indent=2))
+    else:
+        print(_table({name: metrics}))
     return 0
 
 
@@ -359,7 +367,7 @@ def _run_splits(args: argparse.Namespace, data: MogonetData, config: dict[str, A
         folder = parent.path / f"split_{index:03d}"
         run_folder = RunDirectory.open(folder, options, resume=args.resume)
         label = f"split {index + 1}/{args.splits}"
-        results.append(_run_split(run_folder, options, split, label))
+        results.append(_run_split(run_folder, options, split, None if args.quiet else label))
     summary = {}
     for name in results[0]:
         mean, error = mean_and_error(np.array([result[name] for result in results]))
@@ -372,7 +380,7 @@ def _run_splits(args: argparse.Namespace, data: MogonetData, config: dict[str, A
             writer.writerows({"split": i, **result} for i, result in enumerate(results))
 
     write_atomically(parent.path / "splits.csv", write)
-    write_json(parent.path / "metrics.json", summary)
+    write_json(parent.path / "metrics.json", {name: _json_values(s) for name, s in summary.items()})
     print(f"{args.splits} stratified splits, {len(data.train)} training and {len(data.test)} test")
     for name, values in summary.items():
         print(f"{name:>14}  {values['mean']:.3f}, standard error {values['standard_error']:.3f}")
@@ -380,7 +388,7 @@ def _run_splits(args: argparse.Namespace, data: MogonetData, config: dict[str, A
 
 
 def _run_split(
-    folder: RunDirectory, config: Mapping[str, Any], data: MogonetData, label: str
+    folder: RunDirectory, config: Mapping[str, Any], data: MogonetData, label: str | None
 ) -> dict[str, float]:
     """Train one model and return its metrics on the test rows."""
     seed = _seed(config, config.get("split", 0))
@@ -401,7 +409,7 @@ def _run_split(
     metrics = _evaluate(model, scaling, data.test)
     write_tensors(folder.model, "model", _tensors(model, scaling))
     epochs = {"epochs": len(result.history), "best_epoch": result.best_epoch}
-    write_json(folder.path / "metrics.json", {**metrics, **epochs})
+    write_json(folder.path / "metrics.json", {**_json_values(metrics), **epochs})
     _draw_curves(folder.path / "curves.png", result.history, result.best_epoch)
     return metrics
 
@@ -426,6 +434,11 @@ def _tensors(model: MultimodalClassifier, scaling: MinMaxScaling) -> dict[str, t
     for name, arrays in (("minimum", scaling.minimum), ("span", scaling.span)):
         tensors |= {f"scaling/{name}/{i}": torch.from_numpy(a) for i, a in enumerate(arrays)}
     return tensors
+
+
+def _json_values(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    # NaN is no JSON: a class without rows has no AUC.
+    return {name: None if math.isnan(value) else value for name, value in metrics.items()}
 
 
 def _draw_curves(path: Path, history: NDArray[np.float64], best_epoch: int) -> None:

@@ -35,8 +35,8 @@ def _train(folder, out, *more):
     return main(["train", "rosmap", "--data-dir", str(folder), "--out", str(out), *_SMALL, *more])
 
 
-def _evaluate(folder, checkpoint):
-    return main(["evaluate", "--checkpoint", str(checkpoint), "--data-dir", str(folder)])
+def _evaluate(folder, checkpoint, *more):
+    return main(["evaluate", "--checkpoint", str(checkpoint), "--data-dir", str(folder), *more])
 
 
 def _contents(path):
@@ -74,6 +74,31 @@ def test_evaluate_gives_the_figures_of_training(folder, finished, capsys):
     metrics = json.loads((finished / "metrics.json").read_text())
     for name in ("accuracy", "f1", "auc"):
         assert f"{name} {metrics[name]:.3f}" in printed
+
+
+def test_evaluate_prints_json(folder, finished, capsys):
+    assert _evaluate(folder, finished, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert printed == {"rows": "test rows"} | {
+        key: metrics[key] for key in ("accuracy", "f1", "auc")
+    }
+
+
+def test_an_undefined_metric_is_null(folder, finished, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    np.savetxt(data / "labels_te.csv", np.zeros(20))
+    assert _evaluate(data, finished, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["auc"] is None
+
+
+@pytest.mark.parametrize("splits", ["0", "2"])
+def test_quiet_shows_no_bar(folder, tmp_path, capsys, splits):
+    assert _train(folder, tmp_path / "out", "--quiet", "--splits", splits) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "auc" in captured.out
 
 
 def test_scaling_is_that_of_the_rows_trained_on(folder, finished):
