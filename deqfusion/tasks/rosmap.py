@@ -153,22 +153,24 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError: `--out` holds a run that cannot be, or should not be, continued.
         ValueError: options that do not fit together.
     """
-    _complete(args)
+    stored = _complete(args)
     data = load_mogonet(args.data_dir, args.modalities)
     config = _config(args, data)
+
+    def place(key: str) -> str:
+        if key in stored and stored[key] == config[key]:
+            return f"{args.out / 'config.json'}: {key}"
+        return f"--{key.replace('_', '-')}"
+
     # All of this before anything is written.
     found = fault(config)
     if found is not None:
-        raise ValueError(f"--{found[0].replace('_', '-')}: {found[1]}")
-    try:
+        raise ValueError(f"{place(found[0])}: {found[1]}")
+    with torch.device("meta"):
         model = _build(config)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--dim: got {config['dim']}, expected a model that can be allocated ({reason})"
-        ) from error
     check_penalty(model, config["jacobian_weight"])
-    _check_data(args.data_dir, data, config)
+    _check_memory(model, config["dim"], place("dim"))
+    _check_data(args.data_dir, data, config, place("validation_fraction"))
     try:
         if args.splits:
             _run_splits(args, data, config)
@@ -244,8 +246,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _complete(args: argparse.Namespace) -> None:
-    """Options that were not given: those of the run that is resumed, or else the defaults."""
+def _complete(args: argparse.Namespace) -> dict[str, Any]:
+    """Set what was not given to what the run that is resumed has, which is returned, or default."""
     stored = {}
     if args.resume and RunDirectory(args.out).config.exists():
         stored = read_run(args.out)
@@ -255,6 +257,7 @@ def _complete(args: argparse.Namespace) -> None:
     if args.fusion != stored.get("fusion", args.fusion):
         # That the run has another fusion is the error to report, not its penalty.
         args.jacobian_weight = None
+    return stored
 
 
 def _config(args: argparse.Namespace, data: MogonetData) -> dict[str, Any]:
@@ -301,10 +304,7 @@ def _hold_out(
     split: MogonetData, config: Mapping[str, Any], seed: int
 ) -> tuple[LabelledModalities, LabelledModalities, MinMaxScaling]:
     """Rows to train on, rows to choose the epoch on, and the scaling fitted on the former."""
-    try:
-        kept, held = stratified_holdout(split.train.labels, config["validation_fraction"], seed)
-    except DataError as error:
-        raise DataError(f"--validation-fraction: {error}") from error
+    kept, held = stratified_holdout(split.train.labels, config["validation_fraction"], seed)
     fitted = split.train.take(kept)
     return fitted, split.train.take(held), MinMaxScaling.fit(fitted.modalities)
 
@@ -313,10 +313,25 @@ def _seed(config: Mapping[str, Any], split: int) -> int:
     return (config["seed"] + split) % 2**32
 
 
-def _check_data(folder: Path, data: MogonetData, config: Mapping[str, Any]) -> None:
+def _check_memory(model: MultimodalClassifier, dim: int, place: str) -> None:
+    # Parameters, the best ones, gradients and two moments; reserved, not written to.
+    numbers = 5 * sum(parameter.numel() for parameter in model.parameters())
+    try:
+        torch.empty(numbers, dtype=torch.float32)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{place}: got {dim}, which takes {4 * numbers / 2**30:.1f} GiB in training, "
+            "expected a model that fits into memory"
+        ) from error
+
+
+def _check_data(folder: Path, data: MogonetData, config: Mapping[str, Any], place: str) -> None:
     """Refuse data that the run could not be trained or evaluated on."""
     for index, split in enumerate(_splits(data, config)):
-        *_, scaling = _hold_out(split, config, _seed(config, index))
+        try:
+            *_, scaling = _hold_out(split, config, _seed(config, index))
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
         for part in (split.train, split.test):
             _check_scaled(folder, config["modalities"], data, part, scaling)
 

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from deqfusion.cli import main
-from deqfusion.tasks import rosmap
 from deqfusion.tasks.runs import read_config, read_tensors, write_tensors
 
 _SMALL = ["--dim", "8", "--modalities", "1,2", "--epochs", "2", "--tol", "1e-2"]
@@ -255,6 +254,12 @@ def test_fraction_that_holds_out_too_little_or_too_much(folder, tmp_path, capsys
     assert _train(folder, out, "--splits", splits) == 0
 
 
+def test_fraction_in_the_file_that_holds_out_too_little(folder, run, capsys):
+    (run / "config.json").write_text(json.dumps({**read_config(run), "validation_fraction": 0.001}))
+    message = f"{run}/config.json: validation_fraction: cannot hold out 0.001 of 40 rows"
+    _refused(capsys, "resume", folder, run, message)
+
+
 def test_largest_seed(folder, tmp_path):
     assert _train(folder, tmp_path / "out", "--seed", str(2**32 - 1), "--splits", "2") == 0
 
@@ -283,10 +288,24 @@ def test_value_that_overflows_in_evaluation(data, run, capsys):
     _refused(capsys, "evaluate", data, run, "2_te.csv, line 5, column 2: got 1e+39")
 
 
-def test_model_that_memory_does_not_hold(folder, tmp_path, capsys, monkeypatch):
-    def no_memory(config):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore of it")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads how much memory the process has")
+def test_model_that_memory_does_not_hold(folder, tmp_path):
+    program = """
+import resource, sys
+from deqfusion.cli import main
+from deqfusion.tasks import rosmap
 
-    monkeypatch.setattr(rosmap, "_build", no_memory)
-    code = _train(folder, tmp_path / "out")
-    _nothing_left(capsys, code, tmp_path / "out", "--dim: got 8", "can't allocate memory")
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 2**31
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main(sys.argv[1:]))
+"""
+    options = ["train", "rosmap", "--data-dir", str(folder), "--out", str(tmp_path / "out")]
+    options += ["--modalities", "1,2", "--dim", "8192"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--dim: got 8192, which takes 7.5 GiB in training, expected" in done.stderr
+    assert not (tmp_path / "out").exists()
