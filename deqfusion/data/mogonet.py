@@ -77,13 +77,17 @@ class MinMaxScaling:
     def fit(cls, modalities: Sequence[NDArray[np.float64]]) -> MinMaxScaling:
         """Take minimum and span of each feature from arrays (rows, features)."""
         minimum = tuple(view.min(axis=0) for view in modalities)
-        spans = (view.max(axis=0) - low for view, low in zip(modalities, minimum, strict=True))
+        with np.errstate(over="ignore"):
+            pairs = zip(modalities, minimum, strict=True)
+            spans = [view.max(axis=0) - low for view, low in pairs]
         return cls(minimum, tuple(np.where(span > 0, span, 1.0) for span in spans))
 
     def transform(
         self, modalities: Sequence[NDArray[np.float64]]
     ) -> tuple[NDArray[np.float64], ...]:
         """Scale arrays (rows, features) of the same modalities; other rows may leave 0..1.
+
+        Where a number is too large for the scale, the result is inf or NaN.
 
         Raises:
             ValueError: a number of modalities or features other than the fitted one.
@@ -93,7 +97,8 @@ class MinMaxScaling:
         if got != expected:
             raise ValueError(f"modalities: got {got} features, expected {expected} as fitted")
         triples = zip(modalities, self.minimum, self.span, strict=True)
-        return tuple((view - low) / span for view, low, span in triples)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return tuple((view - low) / span for view, low, span in triples)
 
 
 def load_mogonet(folder: str | Path, modalities: Sequence[int] = (1, 2, 3)) -> MogonetData:
@@ -184,7 +189,8 @@ def read_labels(path: str | Path) -> NDArray[np.int64]:
     labels = []
     for number, line in enumerate(_lines(path), start=1):
         value = float(_numbers(path, number, [line])[0])
-        if value < 0 or value != math.floor(value):
+        # Beyond 2**53 neighbouring whole numbers are one and the same float.
+        if not 0 <= value < 2**53 or value != math.floor(value):
             raise DataError(f"{path}, line {number}: got label {value:g}, expected 0, 1, 2, ...")
         labels.append(int(value))
     return np.asarray(labels, dtype=np.int64)
@@ -199,7 +205,7 @@ def stratified_holdout(
         Row indices (kept, held out), int64.
 
     Raises:
-        DataError: a class is too small for both parts.
+        DataError: a class, or `fraction`, is too small or large for both parts to have each class.
         ValueError: `fraction` is not between 0 and 1.
     """
     from sklearn.model_selection import train_test_split
@@ -211,7 +217,12 @@ def stratified_holdout(
             np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed
         )
     except ValueError as error:
-        raise DataError(f"labels: cannot hold out {fraction:g} of the rows: {error}") from error
+        counts = np.unique(labels, return_counts=True)[1]
+        raise DataError(
+            f"cannot hold out {fraction:g} of {len(labels)} rows, expected both parts to have at "
+            f"least {len(counts)} rows, one for each class, and every class at least 2 rows "
+            f"(the smallest has {counts.min()})"
+        ) from error
     return kept, held
 
 

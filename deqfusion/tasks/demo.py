@@ -30,7 +30,7 @@ from ..data import DIGITS_MODALITIES, DigitsPart, load_digits
 from ..module import DEQFusion
 from ..solution import Equilibrium
 from ..solvers import Anderson, Picard
-from .arguments import real_number, whole_number
+from .arguments import RealNumber, WholeNumber
 from .classifier import MultimodalClassifier
 from .engine import HISTORY_COLUMNS, FitOptions, FitResult, Rows, fit
 from .metrics import classification_metrics
@@ -98,24 +98,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument(
         "--epochs",
-        type=whole_number(1),
+        type=WholeNumber(1),
         default=defaults.epochs,
         help=f"default {defaults.epochs}",
     )
     parser.add_argument(
         "--seeds",
-        type=whole_number(1),
+        type=WholeNumber(1),
         default=len(defaults.seeds),
         metavar="COUNT",
         help=f"seeds 0 to COUNT - 1 (default {len(defaults.seeds)})",
     )
     parser.add_argument(
         "--noise",
-        type=real_number(0.0),
+        type=RealNumber(0.0),
         default=defaults.noise,
         help=f"of the noisy modality, in standard deviations (default {defaults.noise:g})",
     )
     parser.add_argument("--no-timing", action="store_true", help="leave the timing out")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,10 +132,10 @@ def run(args: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     _one_thread()
     try:
-        comparison = compare(options, workers=min(2, os.cpu_count() or 1), progress=True)
+        comparison = compare(options, workers=min(2, os.cpu_count() or 1), progress=not args.quiet)
     finally:
         torch.set_num_threads(threads)
-    timings = [] if args.no_timing else time_fusion(progress=True)
+    timings = [] if args.no_timing else time_fusion(progress=not args.quiet)
     report = args.out / "index.html"
     text = page(comparison, timings)
     write_atomically(report, lambda path: path.write_text(text, encoding="utf-8"))

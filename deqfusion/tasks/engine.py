@@ -11,7 +11,9 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -22,7 +24,14 @@ from tqdm import tqdm
 from ..module import DEQFusion
 from ..solution import Equilibrium
 from .classifier import MultimodalClassifier
-from .runs import CheckpointError, RunDirectory, check_tensors, read_tensors, write_tensors
+from .runs import (
+    CheckpointError,
+    RunDirectory,
+    check_tensors,
+    describe,
+    read_tensors,
+    write_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +45,8 @@ HISTORY_COLUMNS = (
     "step_seconds",
 )
 _EPOCH, _VALIDATION_LOSS = HISTORY_COLUMNS.index("epoch"), HISTORY_COLUMNS.index("validation_loss")
+# NaN for a fusion without a solve.
+_OF_SOLVES = [HISTORY_COLUMNS.index(name) for name in ("steps", "converged")]
 
 
 class TrainingDivergedError(RuntimeError):
@@ -253,11 +264,17 @@ class _State:
         """Take the state from a checkpoint; nothing is changed where it does not fit."""
         path = run.checkpoint
         tensors = read_tensors(path, "checkpoint")
-        history = tensors.pop("history", torch.empty(0))
+        history = tensors.pop("history", torch.empty(0, dtype=torch.float64))
         width = len(HISTORY_COLUMNS)
-        if history.ndim != 2 or history.shape[1] != width or not len(history):
+        if (
+            history.dtype != torch.float64
+            or history.ndim != 2
+            or history.shape[1] != width
+            or not len(history)
+        ):
             raise CheckpointError(
-                f"{path}: tensor 'history' is {tuple(history.shape)}, expected (epochs, {width})"
+                f"{path}: tensor 'history' is {describe(history)}, "
+                f"expected float64 (epochs, {width})"
             )
         if len(history) > self.options.epochs:
             raise CheckpointError(
@@ -265,6 +282,7 @@ class _State:
                 f"expected at most the {self.options.epochs} asked for"
             )
         check_tensors(path, tensors, self._expected())
+        _check_values(path, tensors, history)
         self.history = history.tolist()
         self.model.load_state_dict(_under("model/", tensors))
         self.best = _under("best/", tensors)
@@ -287,6 +305,39 @@ class _State:
             expected[f"optimizer/{index}/exp_avg_sq"] = parameter
         expected["random"] = torch.get_rng_state()
         return expected
+
+
+def _check_values(path: Path, tensors: Mapping[str, Tensor], history: Tensor) -> None:
+    """Refuse numbers that no training leaves behind; names, shapes and dtypes are right."""
+    usable = history.isfinite()
+    usable[:, _OF_SOLVES] |= history[:, _OF_SOLVES].isnan()
+    if not usable.all():
+        row, column = usable.logical_not().nonzero()[0].tolist()
+        raise CheckpointError(
+            f"{path}: tensor 'history' has {HISTORY_COLUMNS[column]} = "
+            f"{history[row, column].item()} in row {row + 1}, expected a finite number"
+        )
+    epochs = history[:, _EPOCH].tolist()
+    if epochs != list(range(1, len(epochs) + 1)):
+        raise CheckpointError(
+            f"{path}: tensor 'history' has epochs {', '.join(map(str, epochs[:5]))}, "
+            f"expected 1 to {len(epochs)}"
+        )
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            minimum = 1 if name.endswith("/step") else 0
+            if not name.endswith("/exp_avg") and (value < minimum).any():
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} has {value.min().item():g}, "
+                    f"expected numbers >= {minimum}"
+                )
+    try:
+        torch.Generator().set_state(tensors["random"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: tensor 'random' is no random state ({str(error).splitlines()[0]}), "
+            "expected one of torch's"
+        ) from error
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

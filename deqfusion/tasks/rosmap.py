@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..data import (
+    DataError,
     LabelledModalities,
     MinMaxScaling,
     MogonetData,
@@ -30,15 +33,14 @@ from ..data import (
     repeated_splits,
     stratified_holdout,
 )
-from .arguments import real_number, whole_number, whole_numbers
 from .classifier import MultimodalClassifier
+from .config import FIELDS, fault, read_run
 from .engine import HISTORY_COLUMNS, FitOptions, Rows, TrainingDivergedError, check_penalty, fit
 from .metrics import classification_metrics, mean_and_error
 from .runs import (
     CheckpointError,
     RunDirectory,
     check_tensors,
-    read_config,
     read_tensors,
     write_atomically,
     write_json,
@@ -49,6 +51,8 @@ from .runs import (
 # gradients of single rows from dominating. It, width, dropout and learning rate were chosen on
 # hold-outs of ROSMAP's training rows.
 _JACOBIAN_WEIGHT = 1.0
+# Of a scaled value: LayerNorm squares what the encoder makes of it, and float32 ends at 3e38.
+_LARGEST = 1e17
 _DEFAULTS: dict[str, Any] = {
     "modalities": [1, 2, 3],
     "splits": 0,
@@ -75,51 +79,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="continue the run in --out, with its options"
     )
     files.add_argument(
-        "--modalities", type=whole_numbers, default=None, help="files to read (default 1,2,3)"
+        "--modalities",
+        type=FIELDS["modalities"],
+        default=None,
+        help="files to read (default 1,2,3)",
     )
     files.add_argument(
         "--splits",
-        type=whole_number(0),
+        type=FIELDS["splits"],
         default=None,
         metavar="R",
         help="R repeated stratified splits of all rows instead of the given split",
     )
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     model = parser.add_argument_group("model")
     model.add_argument(
         "--fusion", default=None, help="deq (default), concat, sum, gated or weight_tied:K"
     )
-    model.add_argument("--dim", type=whole_number(1), default=None, help="width (default 32)")
+    model.add_argument("--dim", type=FIELDS["dim"], default=None, help="width (default 32)")
     model.add_argument(
         "--tol",
-        type=real_number(0.0, above=True),
+        type=FIELDS["tol"],
         default=None,
         help="relative tolerance of the equilibrium (default 1e-3)",
     )
     model.add_argument(
         "--dropout",
-        type=real_number(0.0, below=1.0),
+        type=FIELDS["dropout"],
         default=None,
         help="after each encoder (default 0)",
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=whole_number(1), default=None, help="default 120")
-    training.add_argument("--seed", type=whole_number(0), default=None, help="default 0")
+    training.add_argument("--epochs", type=FIELDS["epochs"], default=None, help="default 120")
+    training.add_argument("--seed", type=FIELDS["seed"], default=None, help="default 0")
     training.add_argument(
-        "--learning-rate", type=real_number(0.0, above=True), default=None, help="default 3e-3"
+        "--learning-rate", type=FIELDS["learning_rate"], default=None, help="default 3e-3"
     )
-    training.add_argument("--weight-decay", type=real_number(0.0), default=None, help="default 0")
     training.add_argument(
-        "--batch-size", type=whole_number(1), default=None, help="default: all rows"
+        "--weight-decay", type=FIELDS["weight_decay"], default=None, help="default 0"
+    )
+    training.add_argument(
+        "--batch-size", type=FIELDS["batch_size"], default=None, help="default: all rows"
     )
     training.add_argument(
         "--jacobian-weight",
-        type=real_number(0.0),
+        type=FIELDS["jacobian_weight"],
         default=None,
         help=f"weight of the Jacobian penalty (default {_JACOBIAN_WEIGHT:g} for deq, else 0)",
     )
     training.add_argument(
         "--validation-fraction",
-        type=real_number(0.0, above=True, below=1.0),
+        type=FIELDS["validation_fraction"],
         default=None,
         help="of the training rows, to choose the epoch (default 0.2)",
     )
@@ -129,6 +139,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deqfusion evaluate`."""
     parser.add_argument("--checkpoint", required=True, type=Path, help="folder of a finished run")
     parser.add_argument("--data-dir", required=True, type=Path, help="folder in MOGONET's layout")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -142,17 +153,30 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError: `--out` holds a run that cannot be, or should not be, continued.
         ValueError: options that do not fit together.
     """
-    _complete(args)
+    stored = _complete(args)
     data = load_mogonet(args.data_dir, args.modalities)
     config = _config(args, data)
-    # Before anything is written.
-    check_penalty(_build(config), config["jacobian_weight"])
+
+    def place(key: str) -> str:
+        if key in stored and stored[key] == config[key]:
+            return f"{args.out / 'config.json'}: {key}"
+        return f"--{key.replace('_', '-')}"
+
+    # All of this before anything is written.
+    found = fault(config)
+    if found is not None:
+        raise ValueError(f"{place(found[0])}: {found[1]}")
+    with torch.device("meta"):
+        model = _build(config)
+    check_penalty(model, config["jacobian_weight"])
+    _check_memory(model, config["dim"], place("dim"))
+    _check_data(args.data_dir, data, config, place("validation_fraction"))
     try:
         if args.splits:
             _run_splits(args, data, config)
         else:
             folder = RunDirectory.open(args.out, config, resume=args.resume)
-            metrics = _run_split(folder, config, data, "training")
+            metrics = _run_split(folder, config, data, None if args.quiet else "training")
             print(_table({"given split": metrics}))
             print(f"run: {args.out}")
     except TrainingDivergedError as error:
@@ -162,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Print the metrics of a finished run on the test rows of a folder.
+    """Print the metrics of a finished run on the test rows of a folder, as text or as JSON.
 
     Returns:
         0.
@@ -172,29 +196,24 @@ def run_evaluate(args: argparse.Namespace) -> int:
         DataError: the data folder is not what it should be, or does not fit the model.
     """
     folder = RunDirectory(args.checkpoint)
-    config = read_config(folder.path)
-    try:
-        if config.get("splits"):
-            raise CheckpointError(
-                f"{folder.config}: a run of {config['splits']} splits, "
-                "expected one of its split_... folders"
-            )
-        modalities, widths = _sizes(config["modalities"]), _sizes(config["input_widths"])
-        model = _build(config)
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    config = read_run(folder.path)
+    if config["splits"]:
         raise CheckpointError(
-            f"{folder.config}: {type(error).__name__}: {error}, expected the configuration "
-            "of a rosmap run"
-        ) from error
+            f"{folder.config}: a run of {config['splits']} splits, "
+            "expected one of its split_... folders"
+        )
+    widths = config["input_widths"]
     if folder.checkpoint.exists() and not folder.model.exists():
         raise CheckpointError(
             f"{folder.model}: no such file, expected a finished run (continue it with --resume)"
         )
     tensors = read_tensors(folder.model, "model")
     blank = tuple(np.zeros(width) for width in widths)
-    check_tensors(folder.model, tensors, _tensors(model, MinMaxScaling(blank, blank)))
+    # Without memory, until it is known that the file has a model of this size.
+    with torch.device("meta"):
+        expected = _tensors(_build(config), MinMaxScaling(blank, blank))
+    check_tensors(folder.model, tensors, expected)
+    model = _build(config)
     model.load_state_dict(
         {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
     )
@@ -202,8 +221,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
         tuple(tensors[f"scaling/{name}/{index}"].numpy() for index in range(len(widths)))
         for name in ("minimum", "span")
     )
+    if not all((values > 0).all() for values in span):
+        raise CheckpointError(f"{folder.model}: a 'scaling/span' is not > 0, as all are expected")
+    scaling = MinMaxScaling(minimum, span)
 
-    data = load_mogonet(args.data_dir, modalities)
+    data = load_mogonet(args.data_dir, config["modalities"])
     got = [view.shape[1] for view in data.test.modalities]
     if (got, data.num_classes) != (widths, config["num_classes"]):
         raise CheckpointError(
@@ -211,25 +233,31 @@ def run_evaluate(args: argparse.Namespace) -> int:
             f"classes, expected {got} and {data.num_classes} as in {args.data_dir}"
         )
     test, name = data.test, "test rows"
-    if "split" in config and config.get("data_sha256") == _digest(data):
+    if "split" in config and config["data_sha256"] == _digest(data):
         # Rows of the folder's own test part were trained on in a split of all rows.
         *_, split = repeated_splits(data, config["split"] + 1, config["seed"])
         test, name = split.test, f"test rows of split {config['split']}"
-    print(_table({name: _evaluate(model, MinMaxScaling(minimum, span), test)}))
+    _check_scaled(args.data_dir, config["modalities"], data, test, scaling)
+    metrics = _evaluate(model, scaling, test)
+    if args.json:
+        print(json.dumps({"rows": name, **_json_values(metrics)}, indent=2))
+    else:
+        print(_table({name: metrics}))
     return 0
 
 
-def _complete(args: argparse.Namespace) -> None:
-    """Options that were not given: those of the run that is resumed, or else the defaults."""
+def _complete(args: argparse.Namespace) -> dict[str, Any]:
+    """Set what was not given to what the run that is resumed has, which is returned, or default."""
     stored = {}
     if args.resume and RunDirectory(args.out).config.exists():
-        stored = read_config(args.out)
+        stored = read_run(args.out)
     for name, default in _DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, stored.get(name, default))
     if args.fusion != stored.get("fusion", args.fusion):
         # That the run has another fusion is the error to report, not its penalty.
         args.jacobian_weight = None
+    return stored
 
 
 def _config(args: argparse.Namespace, data: MogonetData) -> dict[str, Any]:
@@ -265,10 +293,73 @@ def _digest(data: MogonetData) -> str:
     return digest.hexdigest()
 
 
-def _sizes(values: Any) -> list[int]:
-    if not isinstance(values, list) or not values or not all(type(v) is int for v in values):
-        raise ValueError(f"got {values!r}, expected a list of whole numbers")
-    return values
+def _splits(data: MogonetData, config: Mapping[str, Any]) -> Iterator[MogonetData]:
+    """The splits that a run trains on: the folder's own, or repeated ones of all rows."""
+    if not config["splits"]:
+        return iter([data])
+    return repeated_splits(data, config["splits"], config["seed"])
+
+
+def _hold_out(
+    split: MogonetData, config: Mapping[str, Any], seed: int
+) -> tuple[LabelledModalities, LabelledModalities, MinMaxScaling]:
+    """Rows to train on, rows to choose the epoch on, and the scaling fitted on the former."""
+    kept, held = stratified_holdout(split.train.labels, config["validation_fraction"], seed)
+    fitted = split.train.take(kept)
+    return fitted, split.train.take(held), MinMaxScaling.fit(fitted.modalities)
+
+
+def _seed(config: Mapping[str, Any], split: int) -> int:
+    return (config["seed"] + split) % 2**32
+
+
+def _check_memory(model: MultimodalClassifier, dim: int, place: str) -> None:
+    # Parameters, the best ones, gradients and two moments; reserved, not written to.
+    numbers = 5 * sum(parameter.numel() for parameter in model.parameters())
+    try:
+        torch.empty(numbers, dtype=torch.float32)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{place}: got {dim}, which takes {4 * numbers / 2**30:.1f} GiB in training, "
+            "expected a model that fits into memory"
+        ) from error
+
+
+def _check_data(folder: Path, data: MogonetData, config: Mapping[str, Any], place: str) -> None:
+    """Refuse data that the run could not be trained or evaluated on."""
+    for index, split in enumerate(_splits(data, config)):
+        try:
+            *_, scaling = _hold_out(split, config, _seed(config, index))
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+        for part in (split.train, split.test):
+            _check_scaled(folder, config["modalities"], data, part, scaling)
+
+
+def _check_scaled(
+    folder: Path,
+    numbers: Sequence[int],
+    data: MogonetData,
+    part: LabelledModalities,
+    scaling: MinMaxScaling,
+) -> None:
+    """Refuse values so far outside the fitted range that the model's numbers overflow."""
+    for index, view in enumerate(_rows(part, scaling).inputs):
+        # Not `>`: NaN is refused too.
+        bad = (~(view.abs() <= _LARGEST)).nonzero()
+        if not len(bad):
+            continue
+        row, column = bad[0].tolist()
+        value = part.modalities[index][row, column]
+        # A split of all rows has lost their lines.
+        for rows, suffix in ((data.train, "tr"), (data.test, "te")):
+            lines = np.flatnonzero(rows.modalities[index][:, column] == value)
+            if len(lines):
+                raise DataError(
+                    f"{folder / f'{numbers[index]}_{suffix}.csv'}, line {lines[0] + 1}, column "
+                    f"{column + 1}: got {value:g}, which is {view[row, column]:g} on the scale of "
+                    f"the rows trained on (0 to 1), expected at most {_LARGEST:g} in size"
+                )
 
 
 def _build(config: Mapping[str, Any]) -> MultimodalClassifier:
@@ -286,12 +377,12 @@ def _run_splits(args: argparse.Namespace, data: MogonetData, config: dict[str, A
     """Train on each of the repeated splits, in folders of their own, and report mean and error."""
     parent = RunDirectory.open(args.out, config, resume=args.resume)
     results = []
-    for index, split in enumerate(repeated_splits(data, args.splits, args.seed)):
+    for index, split in enumerate(_splits(data, config)):
         options = {**config, "splits": 0, "split": index}
         folder = parent.path / f"split_{index:03d}"
         run_folder = RunDirectory.open(folder, options, resume=args.resume)
         label = f"split {index + 1}/{args.splits}"
-        results.append(_run_split(run_folder, options, split, label))
+        results.append(_run_split(run_folder, options, split, None if args.quiet else label))
     summary = {}
     for name in results[0]:
         mean, error = mean_and_error(np.array([result[name] for result in results]))
@@ -304,7 +395,7 @@ def _run_splits(args: argparse.Namespace, data: MogonetData, config: dict[str, A
             writer.writerows({"split": i, **result} for i, result in enumerate(results))
 
     write_atomically(parent.path / "splits.csv", write)
-    write_json(parent.path / "metrics.json", summary)
+    write_json(parent.path / "metrics.json", {name: _json_values(s) for name, s in summary.items()})
     print(f"{args.splits} stratified splits, {len(data.train)} training and {len(data.test)} test")
     for name, values in summary.items():
         print(f"{name:>14}  {values['mean']:.3f}, standard error {values['standard_error']:.3f}")
@@ -312,13 +403,11 @@ def _run_splits(args: argparse.Namespace, data: MogonetData, config: dict[str, A
 
 
 def _run_split(
-    folder: RunDirectory, config: Mapping[str, Any], data: MogonetData, label: str
+    folder: RunDirectory, config: Mapping[str, Any], data: MogonetData, label: str | None
 ) -> dict[str, float]:
     """Train one model and return its metrics on the test rows."""
-    seed = config["seed"] + config.get("split", 0)
-    kept, held = stratified_holdout(data.train.labels, config["validation_fraction"], seed)
-    fitted, validation = data.train.take(kept), data.train.take(held)
-    scaling = MinMaxScaling.fit(fitted.modalities)
+    seed = _seed(config, config.get("split", 0))
+    fitted, validation, scaling = _hold_out(data, config, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(config)
@@ -335,15 +424,15 @@ def _run_split(
     metrics = _evaluate(model, scaling, data.test)
     write_tensors(folder.model, "model", _tensors(model, scaling))
     epochs = {"epochs": len(result.history), "best_epoch": result.best_epoch}
-    write_json(folder.path / "metrics.json", {**metrics, **epochs})
+    write_json(folder.path / "metrics.json", {**_json_values(metrics), **epochs})
     _draw_curves(folder.path / "curves.png", result.history, result.best_epoch)
     return metrics
 
 
 def _rows(part: LabelledModalities, scaling: MinMaxScaling) -> Rows:
-    inputs = tuple(
-        torch.from_numpy(view.astype(np.float32)) for view in scaling.transform(part.modalities)
-    )
+    """Rows as the model takes them; inf or NaN where float32 cannot hold a value."""
+    views = scaling.transform(part.modalities)
+    inputs = tuple(torch.from_numpy(view).float() for view in views)
     return Rows(inputs, torch.from_numpy(part.labels))
 
 
@@ -360,6 +449,11 @@ def _tensors(model: MultimodalClassifier, scaling: MinMaxScaling) -> dict[str, t
     for name, arrays in (("minimum", scaling.minimum), ("span", scaling.span)):
         tensors |= {f"scaling/{name}/{i}": torch.from_numpy(a) for i, a in enumerate(arrays)}
     return tensors
+
+
+def _json_values(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    # NaN is no JSON: a class without rows has no AUC.
+    return {name: None if math.isnan(value) else value for name, value in metrics.items()}
 
 
 def _draw_curves(path: Path, history: NDArray[np.float64], best_epoch: int) -> None:

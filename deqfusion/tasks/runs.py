@@ -6,6 +6,9 @@
     log.csv                  one row per epoch
 
 Only JSON and safetensors are read back, so that a checkpoint from elsewhere cannot execute code.
+The header of a safetensors file holds a SHA-256 of its tensors, which is compared when they are
+read: a flipped bit in a number is still a number. Files without one, written before there was one,
+are read unchecked.
 Every file is written beside its place and moved there in one step: a process killed at any moment
 leaves the old file or the new one.
 """
@@ -13,6 +16,7 @@ leaves the old file or the new one.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +31,7 @@ from torch import Tensor
 CONFIG_FORMAT = "deqfusion-run"
 CONFIG_VERSION = 1
 _TEMPORARY = ".tmp"
+_DIGEST = "sha256:"
 
 
 class CheckpointError(ValueError):
@@ -103,6 +108,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         CheckpointError: there is none, or it is not one of this project's.
     """
     path = Path(folder) / "config.json"
+    if path.parent.is_file():
+        raise CheckpointError(
+            f"{folder}: is a file, expected the folder of a run, such as {path.parent.parent}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -111,6 +120,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is not JSON ({error}), expected a run's") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: is JSON too deeply nested, expected a run's") from error
     if not isinstance(config, dict) or config.get("format") != CONFIG_FORMAT:
         raise CheckpointError(f'{path}: expected a JSON object with "format": "{CONFIG_FORMAT}"')
     if config.get("version") != CONFIG_VERSION:
@@ -139,7 +150,7 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors atomically as safetensors, marked as a `kind` ("checkpoint" or "model")."""
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     # One key: safetensors writes several in no fixed order, and equal models should be equal files.
-    metadata = {"format": _tensor_format(kind)}
+    metadata = {"format": f"{_tensor_format(kind)} {_DIGEST}{_digest(whole)}"}
     write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
 
 
@@ -147,7 +158,7 @@ def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
     """Read what `write_tensors` wrote.
 
     Raises:
-        CheckpointError: the file is missing, cut short, or not a `kind` of this project.
+        CheckpointError: the file is missing, cut short or altered, or not a `kind` of this project.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, expected the {kind} of a run")
@@ -160,9 +171,17 @@ def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: cannot be read ({reason}), expected a complete safetensors file"
         ) from error
-    got, expected = metadata.get("format"), _tensor_format(kind)
+    expected = _tensor_format(kind)
+    got, _, stored = metadata.get("format", "").partition(" ")
     if got != expected:
         raise CheckpointError(f"{path}: got format {got!r} in its header, expected {expected!r}")
+    digest = f"{_DIGEST}{_digest(tensors)}"
+    # Without any: written before there were digests.
+    if stored and stored != digest:
+        raise CheckpointError(
+            f"{path}: its tensors have {digest}, expected {stored} as in its header: "
+            "the file was altered or damaged"
+        )
     return tensors
 
 
@@ -180,7 +199,7 @@ def check_tensors(
     for name, tensor in tensors.items():
         if name not in expected:
             raise CheckpointError(f"{path}: tensor {name!r} is unknown to this model")
-        got, want = _describe(tensor), _describe(expected[name])
+        got, want = describe(tensor), describe(expected[name])
         if got != want:
             raise CheckpointError(f"{path}: tensor {name!r} is {got}, expected {want}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -191,7 +210,17 @@ def _tensor_format(kind: str) -> str:
     return f"deqfusion-{kind}-{CONFIG_VERSION}"
 
 
-def _describe(tensor: Tensor) -> str:
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, whatever the order of the tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {describe(tensors[name])}\n".encode())
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def describe(tensor: Tensor) -> str:
+    """Return a tensor's dtype and shape, for a message."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 

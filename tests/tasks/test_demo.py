@@ -111,9 +111,10 @@ def test_verdict_follows_the_figures(ours, relation):
 def test_command_writes_page_and_figures(tmp_path, capsys):
     out = tmp_path / "reports" / "demo"
     arguments = ["demo", "--out", str(out), "--epochs", "1", "--seeds", "1", "--no-timing"]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert f"report: {out / 'index.html'}" in printed
+    assert main([*arguments, "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert f"report: {out / 'index.html'}" in printed.out
+    assert printed.err == ""
     assert (out / "index.html").read_text().startswith("<!doctype html>")
     record = json.loads((out / "results.json").read_text())
     assert len(record["runs"]) == 7

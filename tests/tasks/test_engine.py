@@ -176,7 +176,7 @@ def test_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
 def test_checkpoint_without_history_is_refused(tmp_path):
     run = RunDirectory.open(tmp_path, {}, resume=False)
     write_tensors(run.checkpoint, "checkpoint", {"a": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match=r"tensor 'history' is \(0,\), expected"):
+    with pytest.raises(CheckpointError, match=r"tensor 'history' is float64 \(0,\), expected"):
         _fit(_model("concat"), run=run)
 
 
