@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "numpy", "torchdeq", "deqfusion")
+PACKAGES = ("torch", "triton", "numpy", "torchdeq", "deqfusion")
 
 
 def cpu_model() -> str:
@@ -38,6 +38,22 @@ def bf16_instructions() -> list[str]:
         )
         if getattr(torch.cpu, probe, lambda: False)()
     ]
+
+
+def gpu() -> dict[str, str] | None:
+    """Name, driver and CUDA version of the first GPU, or None."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+        driver = done.stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        driver = "unknown"
+    name = torch.cuda.get_device_name(0)
+    return {"name": name, "driver": driver, "cuda": str(torch.version.cuda or torch.version.hip)}
 
 
 def git_commit() -> str | None:
@@ -73,6 +89,7 @@ def record() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "system": platform.system(),
         "cpu": cpu_model(),
+        "gpu": gpu(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_instructions": bf16_instructions(),

@@ -12,6 +12,7 @@ Source: arXiv 2306.16645, equations of the purify-then-combine fusion block.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,13 +147,13 @@ class TextbookCell(nn.Module):
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device)
     layer.load_state_dict({"weight": weight, "bias": bias})
     return layer
 
 
 def _group_norm(weight: Tensor, bias: Tensor) -> nn.GroupNorm:
-    layer = nn.GroupNorm(NUM_GROUPS, weight.shape[0], dtype=weight.dtype)
+    layer = nn.GroupNorm(NUM_GROUPS, weight.shape[0], dtype=weight.dtype, device=weight.device)
     layer.load_state_dict({"weight": weight, "bias": bias})
     return layer
 
@@ -213,6 +214,14 @@ class Problem:
     def cell64(self) -> TextbookCell:
         """The joint map in fp64, for verification."""
         return TextbookCell(self.parameters).double().requires_grad_(False)
+
+    def to(self, device: torch.device | str) -> Problem:
+        """The same problem with its tensors on a device."""
+        moved = copy.copy(self)
+        moved.__dict__.pop("cell64", None)
+        moved.parameters = {name: value.to(device) for name, value in self.parameters.items()}
+        moved.features, moved.cotangent = self.features.to(device), self.cotangent.to(device)
+        return moved
 
     def flatten(self, state: Tensor) -> Tensor:
         """(N + 1, B, d) -> (B, (N + 1) d)."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -23,6 +25,17 @@ from .primitives import interpreted
 T = TypeVar("T")
 
 _counters: dict[tuple[int, int], Tensor] = {}
+_asked: ContextVar[Config | None] = ContextVar("config", default=None)
+
+
+@contextmanager
+def using(config: Config) -> Iterator[None]:
+    """Solves inside run with this config, where none is passed, instead of the default."""
+    token = _asked.set(config)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
 
 
 def product_precision(precision: str) -> str:
@@ -79,6 +92,7 @@ class Plan:
                 f"group, schedules row and cooperative have at most {MAX_PADDED}; "
                 "DEQFUSION_BACKEND=reference has no limit"
             )
+        config = config or _asked.get()
         if config is None:
             config = default_config(
                 rows, layout.groups, blocks, processors(device), adjoint=adjoint,

@@ -41,7 +41,7 @@ class Ours(Contender):
             solver=Anderson(tol=tol, **self.solver_options),
             adjoint=Implicit(solver=Anderson(tol=adjoint_tol, **self.adjoint_options)),
             **self.module_options,
-        )
+        ).to(self.features.device)
         self.module.load_state_dict(self.problem.parameters)
 
     def forward(self) -> Answer:

@@ -130,7 +130,8 @@ class JointContender(Contender):
         self.cell = TextbookCell(problem.parameters)
         self.features = problem.features.clone().requires_grad_(True)
         shape = problem.shape
-        self.start = torch.zeros(shape.batch, (shape.num_modalities + 1) * shape.dim)
+        size = shape.batch, (shape.num_modalities + 1) * shape.dim
+        self.start = problem.features.new_zeros(size)
 
     def clear_gradients(self) -> None:
         """Forgets the gradients of the step before."""
