@@ -385,9 +385,11 @@ class DEQFusion(nn.Module):
                 adjoint=self.adjoint, init=None if start is None else start[:-1],
                 present=rows.present, tolerance=tolerance, trace=trace,
             )  # fmt: skip
+            # The fusion of a row that lost a modality has no answer, whatever is injected.
+            lost = (z.status == int(Status.NON_FINITE)).any(0).unsqueeze(-1)
             fused = functional.fusion_equilibrium(
-                z.state, rows.injection, self.fusion_parameters, cell=self.options,
-                solver=self.solver, adjoint=self.adjoint,
+                z.state, torch.where(lost, torch.nan, rows.injection), self.fusion_parameters,
+                cell=self.options, solver=self.solver, adjoint=self.adjoint,
                 init=None if start is None else start[-1], gate_mask=gate_mask,
                 fusion_mask=fusion_mask, tolerance=tolerance, trace=trace,
             )  # fmt: skip
