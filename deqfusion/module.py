@@ -179,10 +179,12 @@ class DEQFusion(nn.Module):
             features: sequence of N tensors (..., d), or one (N, ..., d); floating point, in the
                 parameters' dtype (under autocast any). Leading dimensions are rows.
             init: where to start: a state (N+1, ..., d), modalities then fusion, or an earlier
-                equilibrium. None starts from 0.
+                equilibrium. None starts from 0, and so does a block of a row that is not finite in
+                it.
             mask: bool (..., N), True where a modality is missing; it is left out of x_f and of the
                 gate sum, its state is 0, and its features are not looked at. A row must have at
-                least one modality.
+                least one modality: without, it is an error on a CPU (compiled, a RuntimeError) and
+                elsewhere, where looking would wait for the device, its fusion is NON_FINITE.
             injection: (..., d), x_f given by the caller in place of sum_i w_i x_i + b.
             trace: records the residual of every evaluation in `stats.trace`.
 
@@ -335,6 +337,8 @@ class DEQFusion(nn.Module):
                     f"{(*leading, self.dim)}"
                 )
             x_f = injection.reshape(x.shape[1:]).to(x.dtype)
+        if present is not None:
+            x_f = torch.where(present.any(0).unsqueeze(-1), x_f, torch.nan)
         return _Rows(x, x_f, present, leading)
 
     def _start(
@@ -345,7 +349,8 @@ class DEQFusion(nn.Module):
         value = init.state if isinstance(init, Equilibrium) else init
         check.state(value, self.num_modalities, leading, self.dim, "init")
         check.same_device("init", value, self.modality_weight1.device, "the parameters")
-        return value.detach().reshape(self.num_modalities + 1, -1, self.dim).to(dtype)
+        value = value.detach().reshape(self.num_modalities + 1, -1, self.dim).to(dtype)
+        return torch.where(value.isfinite().all(-1, keepdim=True), value, 0.0)
 
     def _masks(self, x: Tensor, present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Factors on the gates (N, R, 1 or d) and on the fusion product (R, d): one per solve."""
@@ -409,7 +414,6 @@ class DEQFusion(nn.Module):
         injection = torch.where(unknown_fused.unsqueeze(-1), 0.0, rows.injection)
         unknown = torch.cat((unknown, unknown_fused.unsqueeze(0)))
         state = x.new_zeros(self.num_modalities + 1, *x.shape[1:]) if start is None else start
-        unknown = unknown | ~state.isfinite().all(-1)
         state = torch.where(unknown.unsqueeze(-1), 0.0, state)
         norms = []
         with torch.autocast(x.device.type, enabled=False):

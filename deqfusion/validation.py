@@ -181,11 +181,12 @@ def mask(value: Tensor, leading: torch.Size, modalities: int) -> Tensor:
     """Checks the missing-modality mask and returns which are present, as bool (N, rows).
 
     Args:
-        value: bool (..., N), True where a modality is missing; at least one False per row.
+        value: bool (..., N), True where a modality is missing; at least one False per row, which
+            is checked on a CPU only.
         leading: leading dimensions of the features.
 
     Raises:
-        ValueError, TypeError: on a wrong shape or dtype, or a row without any modality.
+        ValueError, TypeError: on a wrong shape or dtype, or (on a CPU) a row without any modality.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"mask: got {type(value).__name__}, expected a tensor (..., {modalities})")
@@ -195,17 +196,22 @@ def mask(value: Tensor, leading: torch.Size, modalities: int) -> Tensor:
     if tuple(value.shape) != expected:
         raise ValueError(f"mask: got shape {tuple(value.shape)}, expected {expected}")
     present = ~value.reshape(-1, modalities)
-    every_row = present.any(dim=1)
-    if torch.compiler.is_compiling() or value.device.type != "cpu":
-        # Neither a graph break nor a wait for the device: the check runs where the data is.
-        torch._assert_async(every_row.all(), "mask: a row has no modality present")
-    elif not bool(every_row.all()):
-        empty = int((~every_row).sum())
-        raise ValueError(
-            f"mask: got {empty} of {every_row.numel()} rows with no modality present (True = "
-            "missing), expected at least one per row"
-        )
+    if value.device.type == "cpu":
+        _some_present(present.any(dim=1))
     return present.t().contiguous()
+
+
+def _some_present(rows: Tensor) -> None:
+    """Whether every row has a modality, bool (R,) on the CPU.
+
+    On a GPU reading it would wait for the device, and a failed assertion there leaves the process
+    without one: the caller makes such rows NON_FINITE instead.
+    """
+    rest = "with no modality present (True = missing), expected at least one per row"
+    if torch.compiler.is_compiling():
+        torch._assert_async(rows.all(), f"mask: got a row {rest}")
+    elif not bool(rows.all()):
+        raise ValueError(f"mask: got {int((~rows).sum())} of {rows.numel()} rows {rest}")
 
 
 def state(value: Tensor, modalities: int, leading: torch.Size, dim: int, name: str) -> None:

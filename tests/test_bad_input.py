@@ -199,6 +199,48 @@ def test_mask_with_one_row_empty(fusion):
     assert_names(error, "mask", "no modality", "1")
 
 
+def test_mask_with_one_row_empty_in_a_compiled_layer(fusion):
+    mask = torch.zeros(BATCH, COUNT, dtype=torch.bool)
+    mask[3] = True
+    torch._dynamo.reset()
+    compiled = torch.compile(fusion, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="expected") as error:
+        compiled(features(), mask=mask)
+    assert_names(error, "mask: got a row with no modality present", "at least one per row")
+
+
+@pytest.mark.parametrize("options", [{}, {"joint": True}, {"adjoint": Unroll(2)}], ids=repr)
+def test_mask_with_one_row_empty_where_nobody_looks(monkeypatch, options):
+    """On a GPU the check would wait for the device; there the row has no fusion instead."""
+    monkeypatch.setattr("deqfusion.validation._some_present", lambda rows: None)
+    fusion, values = DEQFusion(DIM, COUNT, **options), features()
+    mask = torch.zeros(BATCH, COUNT, dtype=torch.bool)
+    mask[3] = True
+    others = torch.arange(BATCH) != 3
+    eq = fusion.equilibrium(values, mask=mask)
+    assert eq.stats.status[-1, 3] == Status.NON_FINITE
+    assert not eq.fused[3].any()
+    assert (eq.stats.status[-1, others] != Status.NON_FINITE).all()
+    torch.testing.assert_close(eq.fused[others], fusion(values[:, others]), rtol=1e-4, atol=1e-5)
+    (eq.fused.sum() + fusion.jacobian_penalty(eq, values)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in fusion.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"joint": True}, {"adjoint": Unroll(9)}], ids=repr)
+def test_rows_of_init_that_are_not_finite_start_from_zero(options):
+    torch.manual_seed(0)
+    fusion, values = DEQFusion(DIM, COUNT, **options), features()
+    init = torch.randn(COUNT + 1, BATCH, DIM)
+    cleared = init.clone()
+    for block, row, value in ((0, 3, float("nan")), (COUNT, 4, float("inf"))):
+        init[block, row, 5] = value
+        cleared[block, row] = 0
+    got, expected = fusion.equilibrium(values, init=init), fusion.equilibrium(values, init=cleared)
+    assert torch.equal(got.state, expected.state)
+    assert torch.equal(got.stats.status, expected.stats.status)
+    assert (got.stats.status != Status.NON_FINITE).all()
+
+
 @pytest.mark.parametrize(
     ("init", "kind"),
     [
