@@ -376,28 +376,29 @@ class DEQFusion(nn.Module):
         fusion_mask: Tensor | None, trace: bool,
     ) -> tuple[Tensor, Tensor, SolveStats]:  # fmt: skip
         tolerance = self._tolerance()
-        with torch.autocast(rows.x.device.type, enabled=False):
-            if self.joint:
-                whole = functional.joint_equilibrium(
-                    rows.x, rows.injection, self.modality_parameters, self.fusion_parameters,
-                    cell=self.options, solver=self.solver, adjoint=self.adjoint, init=start,
-                    present=rows.present, gate_mask=gate_mask, fusion_mask=fusion_mask,
-                    tolerance=tolerance, trace=trace,
-                )  # fmt: skip
-                return whole.state[:-1], whole.state[-1], _stats(whole[1:], trace)
-            z = functional.modality_equilibrium(
-                rows.x, self.modality_parameters, cell=self.options, solver=self.solver,
-                adjoint=self.adjoint, init=None if start is None else start[:-1],
-                present=rows.present, tolerance=tolerance, trace=trace,
+        # No autocast context around operators that switch it off themselves: a program exported
+        # with one around them cannot be saved.
+        if self.joint:
+            whole = functional.joint_equilibrium(
+                rows.x, rows.injection, self.modality_parameters, self.fusion_parameters,
+                cell=self.options, solver=self.solver, adjoint=self.adjoint, init=start,
+                present=rows.present, gate_mask=gate_mask, fusion_mask=fusion_mask,
+                tolerance=tolerance, trace=trace,
             )  # fmt: skip
-            # The fusion of a row that lost a modality has no answer, whatever is injected.
-            lost = (z.status == int(Status.NON_FINITE)).any(0).unsqueeze(-1)
-            fused = functional.fusion_equilibrium(
-                z.state, torch.where(lost, torch.nan, rows.injection), self.fusion_parameters,
-                cell=self.options, solver=self.solver, adjoint=self.adjoint,
-                init=None if start is None else start[-1], gate_mask=gate_mask,
-                fusion_mask=fusion_mask, tolerance=tolerance, trace=trace,
-            )  # fmt: skip
+            return whole.state[:-1], whole.state[-1], _stats(whole[1:], trace)
+        z = functional.modality_equilibrium(
+            rows.x, self.modality_parameters, cell=self.options, solver=self.solver,
+            adjoint=self.adjoint, init=None if start is None else start[:-1],
+            present=rows.present, tolerance=tolerance, trace=trace,
+        )  # fmt: skip
+        # The fusion of a row that lost a modality has no answer, whatever is injected.
+        lost = (z.status == int(Status.NON_FINITE)).any(0).unsqueeze(-1)
+        fused = functional.fusion_equilibrium(
+            z.state, torch.where(lost, torch.nan, rows.injection), self.fusion_parameters,
+            cell=self.options, solver=self.solver, adjoint=self.adjoint,
+            init=None if start is None else start[-1], gate_mask=gate_mask,
+            fusion_mask=fusion_mask, tolerance=tolerance, trace=trace,
+        )  # fmt: skip
         both = [torch.cat((a, b.unsqueeze(0))) for a, b in zip(z[1:], fused[1:], strict=True)]
         return z.state, fused.state, _stats(both, trace)
 
