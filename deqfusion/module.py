@@ -45,7 +45,7 @@ class DEQFusion(nn.Module):
         adjoint: backward mode, `Implicit`, `Phantom`, `OneStep` or `Unroll`.
         joint: solves the whole state as one problem, for comparison with the paper's traces;
             slower, same fixed point.
-        device, dtype: of the parameters.
+        device, dtype: of the parameters; fp64, fp32, bf16 or fp16.
 
     Raises:
         ValueError, TypeError: naming the argument, what was got and what was expected.
@@ -69,17 +69,18 @@ class DEQFusion(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check.count("dim", dim, minimum=1)
-        check.count("num_modalities", num_modalities, minimum=1)
+        dim = check.count("dim", dim, minimum=1)
+        num_modalities = check.count("num_modalities", num_modalities, minimum=1)
+        num_groups = check.count("num_groups", num_groups, minimum=1)
         options = CellOptions(num_groups, gate, gate_input, skip, tail)
         check.cell_options(options, dim)
         check.probability("dropout", dropout)
-        check.instance("solver", solver, Solver)
         check.instance("adjoint", adjoint, Adjoint)
         check.boolean("joint", joint)
+        check.dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         self.dim, self.num_modalities = dim, num_modalities
         self.options = options
-        self.dropout, self.solver, self.adjoint, self.joint = dropout, solver, adjoint, joint
+        self.dropout, self.adjoint, self.joint = dropout, adjoint, joint
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -95,10 +96,25 @@ class DEQFusion(nn.Module):
         self.fusion_weight, self.fusion_bias = parameter(d, d), parameter(d)
         self.fusion_norm_weight, self.fusion_norm_bias = parameter(d), parameter(d)
         self.injection_weight, self.injection_bias = parameter(n), parameter(1)
-        if isinstance(solver.tol, ToleranceSchedule):
-            self.solver_progress: Tensor
-            self.register_buffer("solver_progress", torch.zeros((), dtype=torch.long))
+        self.solver = solver
         self.reset_parameters()
+
+    @property
+    def solver(self) -> Solver:
+        """The solver; it may be replaced. A tolerance schedule counts in `solver_progress`."""
+        return self._solver
+
+    @solver.setter
+    def solver(self, solver: Solver) -> None:
+        check.instance("solver", solver, Solver)
+        self._solver = solver
+        scheduled, counts = isinstance(solver.tol, ToleranceSchedule), "solver_progress"
+        if scheduled and not hasattr(self, counts):
+            self.solver_progress: Tensor
+            start = torch.zeros((), dtype=torch.long, device=self.gate_bias.device)
+            self.register_buffer(counts, start)
+        elif not scheduled and hasattr(self, counts):
+            del self.solver_progress
 
     def reset_parameters(self) -> None:
         """Draws weights and biases as `nn.Linear` does; norms and injection begin at 1 and 0."""

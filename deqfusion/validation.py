@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ __all__ = [
     "probability",
     "stack_features",
 ]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _number(name: str, value: Any) -> float:
@@ -61,12 +64,13 @@ def probability(name: str, value: Any) -> None:
         raise ValueError(f"{name}: got {value!r}, expected a number in [0, 1)")
 
 
-def count(name: str, value: Any, minimum: int) -> None:
-    """An integer >= `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def count(name: str, value: Any, minimum: int) -> int:
+    """An integer >= `minimum`, NumPy's included; returned as an int."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an integer")
     if value < minimum:
         raise ValueError(f"{name}: got {value}, expected an integer >= {minimum}")
+    return int(value)
 
 
 def boolean(name: str, value: Any) -> None:
@@ -162,6 +166,13 @@ def stack_features(features: Sequence[Tensor] | Tensor, modalities: int, dim: in
                 "features[0]"
             )
     return features if isinstance(features, Tensor) else torch.stack(tuple(parts))
+
+
+def dtype(name: str, value: Any) -> None:
+    """A dtype that the solves compute in."""
+    names = [str(each) for each in DTYPES]
+    if value not in DTYPES:
+        raise TypeError(f"{name}: got {value!r}, expected one of {', '.join(names)}")
 
 
 def floating(name: str, value: Any) -> None:

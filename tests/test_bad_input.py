@@ -1,5 +1,6 @@
 """What wrong input gets: an error that names it, or the right result. Never silence."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from deqfusion import (
     Phantom,
     Picard,
     Status,
+    ToleranceSchedule,
     Unroll,
     functional,
 )
@@ -121,12 +123,25 @@ def test_features_that_are_no_tensors(fusion, wrong):
         ((16, 2), {"solver": Anderson}, TypeError, ("solver", "Anderson")),
         ((16, 2), {"adjoint": "implicit"}, TypeError, ("adjoint", "implicit", "Implicit")),
         ((16, 2), {"adjoint": Anderson()}, TypeError, ("adjoint", "Anderson")),
+        ((16, 2), {"dtype": torch.int32}, TypeError, ("dtype", "torch.int32", "torch.float32")),
+        ((16, 2), {"dtype": "float32"}, TypeError, ("dtype", "'float32'", "torch.float32")),
+        ((np.float64(16), 2), {}, TypeError, ("dim", "16.0")),
     ],
 )
 def test_layer_options(arguments, options, kind, fragments):
     with pytest.raises(kind) as error:
         DEQFusion(*arguments, **options)
     assert_names(error, *fragments)
+
+
+def test_numbers_of_numpy():
+    sixteen, two = np.int64(16), np.int32(2)
+    solver = Anderson(max_steps=np.int64(30), memory=two)
+    adjoint = Implicit(Broyden(max_steps=sixteen, memory=two))
+    fusion = DEQFusion(sixteen, two, num_groups=two, solver=solver, adjoint=adjoint)
+    assert type(fusion.dim) is type(fusion.num_modalities) is int
+    fusion(features()).sum().backward()
+    DEQFusion(16, 2, adjoint=Phantom(steps=two))(features()).sum().backward()
 
 
 def test_unknown_option():
@@ -168,6 +183,7 @@ def test_solver_options(solver, options, kind, name):
         (lambda: Phantom(steps=0), ValueError, ("steps", "0")),
         (lambda: Phantom(damping=2.0), ValueError, ("damping", "2.0")),
         (lambda: Unroll(0), ValueError, ("steps", "0")),
+        (lambda: ToleranceSchedule(1e-3, 1e-1, 5), ValueError, ("end", "0.1", "start = 0.001")),
     ],
 )
 def test_solver_and_adjoint_values(make, kind, fragments):

@@ -428,3 +428,25 @@ def test_checkpoints_cross_between_a_schedule_and_a_constant_tolerance():
     assert torch.equal(back.modality_weight1, scheduled.modality_weight1)
     back.load_state_dict(scheduled.state_dict())
     assert back.solver_progress == 7
+
+
+def test_the_solver_may_be_replaced():
+    scheduled = Anderson(tol=ToleranceSchedule(1e-1, 1e-3, 10))
+    fusion, features = DEQFusion(DIM, COUNT), torch.randn(COUNT, 3, DIM)
+    names = list(fusion.state_dict())
+    fusion.solver = scheduled
+    fusion(features)
+    assert fusion.solver_progress == 1
+    fusion.solver = Anderson(tol=ToleranceSchedule(1e-2, 1e-4, 10))
+    assert fusion.solver_progress == 1
+    fusion.solver = Picard()
+    assert list(fusion.state_dict()) == names
+    fusion.load_state_dict(fusion.state_dict())
+    fusion(features)
+    with pytest.raises(TypeError, match="solver: got 'anderson', expected an instance of one of"):
+        fusion.solver = "anderson"
+    assert fusion.solver == Picard()
+    built = DEQFusion(DIM, COUNT, solver=scheduled)
+    built.solver = Anderson()
+    built.load_state_dict(built.state_dict())
+    assert copy.deepcopy(built).solver == pickle.loads(pickle.dumps(built)).solver == Anderson()
