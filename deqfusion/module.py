@@ -273,8 +273,7 @@ class DEQFusion(nn.Module):
             () in the parameters' dtype.
         """
         check.count("probes", probes, minimum=1)
-        check.equilibrium("eq", eq)
-        rows = self._rows(features, eq.mask if mask is None else mask, injection)
+        rows = self._rows_of(eq, features, mask, injection)
         with torch.autocast(rows.x.device.type, enabled=False):
             return regularization.jacobian_penalty(
                 eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype),
@@ -291,8 +290,7 @@ class DEQFusion(nn.Module):
         See `deqfusion.diagnostics.spectral_radius`; `steps` is the dimension of the Krylov space.
         """
         check.count("steps", steps, minimum=1)
-        check.equilibrium("eq", eq)
-        rows = self._rows(features, eq.mask if mask is None else mask, injection)
+        rows = self._rows_of(eq, features, mask, injection)
         state = eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim)
         with torch.autocast(rows.x.device.type, enabled=False):
             return diagnostics.spectral_radius(
@@ -310,7 +308,7 @@ class DEQFusion(nn.Module):
         Returns:
             (N, ...).
         """
-        check.equilibrium("eq", eq)
+        check.equilibrium("eq", eq, self.num_modalities, self.dim)
         mask = eq.mask if mask is None else mask
         leading = eq.fused.shape[:-1]
         present = None if mask is None else check.mask(mask, leading, self.num_modalities)
@@ -356,6 +354,14 @@ class DEQFusion(nn.Module):
         if present is not None:
             x_f = torch.where(present.any(0).unsqueeze(-1), x_f, torch.nan)
         return _Rows(x, x_f, present, leading)
+
+    def _rows_of(
+        self, eq: Equilibrium, features: Features, mask: Tensor | None, injection: Tensor | None
+    ) -> _Rows:
+        """The inputs that `eq` is an equilibrium of; `mask` None takes that of `eq`."""
+        x = check.stack_features(features, self.num_modalities, self.dim)
+        check.equilibrium("eq", eq, self.num_modalities, self.dim, x.shape[1:-1])
+        return self._rows(x, eq.mask if mask is None else mask, injection)
 
     def _start(
         self, init: Tensor | Equilibrium | None, leading: torch.Size, dtype: torch.dtype
