@@ -81,7 +81,7 @@ class Phantom(Adjoint):
     def __post_init__(self) -> None:
         check.count("steps", self.steps, minimum=1)
         check.fraction("damping", self.damping)
-        object.__setattr__(self, "_encoded", _truncated(self.steps, float(self.damping)))
+        object.__setattr__(self, "_encoded", _truncated(int(self.steps), float(self.damping)))
 
     @property
     def encoded(self) -> str:

@@ -8,6 +8,10 @@ names, so a script needs to change its import and nothing else:
 
     from deqfusion.compat import OfficialDEQFusion as DEQFusion
 
+The exception is their MM-IMDB script: its copy of the class ends the fusion block with the norm
+before the ReLU, without a keyword to say so. Here it is `tail="norm_relu"`, which that script must
+add to `DEQFusion(512, 2, 105, 106, "abs")`; the default is the order of their other files.
+
 Differences from the authors' class, each on purpose:
 
 1. Every row of every block stops by itself; theirs stops on the norm of the whole batch.
@@ -32,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deqfusion import validation as check
 from deqfusion.adjoint import Implicit, Unroll
 from deqfusion.module import DEQFusion
 from deqfusion.solution import Equilibrium
@@ -280,10 +285,13 @@ class OfficialDEQFusion(nn.Module):
             raise ValueError(f"stop_mode: got {stop_mode!r}, expected 'abs' or 'rel'")
         if solver not in ("anderson", "broyden"):
             raise ValueError(f"solver: got {solver!r}, expected 'anderson' or 'broyden'")
-        if isinstance(num_layers, bool) or not isinstance(num_layers, int):
-            raise TypeError(f"num_layers: got {type(num_layers).__name__}, expected int")
-        if num_layers < 1:
-            raise ValueError(f"num_layers: got {num_layers}, expected at least 1")
+        f_thres = check.count("f_thres", f_thres, minimum=1)
+        b_thres = check.count("b_thres", b_thres, minimum=1)
+        check.boolean("deq", deq)
+        num_layers = check.count("num_layers", num_layers, minimum=1)
+        check.positive("eps", eps)
+        channel_dim = check.count("channel_dim", channel_dim, minimum=1)
+        num_modals = check.count("num_modals", num_modals, minimum=1)
         self.f_thres = f_thres
         self.b_thres = b_thres
         self.stop_mode = stop_mode

@@ -39,7 +39,7 @@ def modality_weights(
         gate_mask: (N, R, 1) or None.
 
     Returns:
-        (N, R). Where every gate is 0, each modality present weighs the same.
+        (N, R). Where every gate is 0, each modality present weighs the same; NaN where none is.
     """
     constants = gate_constants(modalities, parameters, cell)
     size = gates(fused, constants, parameters, cell, gate_mask).abs().mean(-1)

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import deqfusion.ops  # noqa: F401  registers the operators
+from deqfusion import validation as check
 from deqfusion.adjoint import Adjoint, Implicit
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.solvers import Anderson, Solver
-from deqfusion.validation import cell_options
 
 __all__ = [
     "BlockSolution",
@@ -198,6 +198,52 @@ class _JointEquilibrium(torch.autograd.Function):
         return (dx, dinjection, *nothing, *modality[:_M], *fusion[:_F], *rest)
 
 
+def _check_modality(x: Any, parameters: Any, cell: CellOptions, adjoint: Any, present: Any) -> None:
+    check.features("x", x, "N, R, d")
+    check.cell_options(cell, x.shape[2])
+    check.modality_parameters(parameters, x)
+    check.instance("adjoint", adjoint, Adjoint)
+    if present is not None:
+        check.tensor("present", present, [tuple(x.shape[:2])], x, torch.bool)
+
+
+def _check_fusion(
+    modalities: Any, injection: Any, parameters: Any, cell: CellOptions, adjoint: Any,
+    gate_mask: Any, fusion_mask: Any,
+) -> None:  # fmt: skip
+    check.features("injection", injection, "R, d")
+    check.features("modalities", modalities, "N, R, d")
+    rows, dim = injection.shape
+    count = modalities.shape[0]
+    check.tensor("injection", injection, [tuple(modalities.shape[1:])], modalities)
+    check.cell_options(cell, dim)
+    check.fusion_parameters(parameters, cell, injection)
+    check.instance("adjoint", adjoint, Adjoint)
+    if gate_mask is not None:
+        shapes = [(count, rows, 1), (count, rows, dim)]
+        check.tensor("gate_mask", gate_mask, shapes, injection)
+    if fusion_mask is not None:
+        check.tensor("fusion_mask", fusion_mask, [(rows, dim)], injection)
+
+
+def _check_solve(solver: Any, init: Any, tolerance: Any, x: Tensor, shape: tuple[int, ...]) -> None:
+    check.instance("solver", solver, Solver)
+    if init is not None:
+        check.tensor("init", init, [tuple(shape)], x)
+    if tolerance is not None:
+        check.tensor("tolerance", tolerance, [()], x)
+
+
+def _check_solution(gradient: Any, z: Any, status: Tensor | None, x: Tensor) -> Tensor:
+    """Checks what an adjoint starts from; returns the status, CONVERGED where it is None."""
+    check.tensor("gradient", gradient, [tuple(x.shape)], x)
+    check.tensor("z", z, [tuple(x.shape)], x)
+    if status is None:
+        return torch.zeros(x.shape[:-1], dtype=torch.int32, device=x.device)
+    check.tensor("status", status, [tuple(x.shape[:-1])], x, torch.int32)
+    return status
+
+
 def modality_equilibrium(
     x: Tensor,
     parameters: ModalityParameters,
@@ -226,9 +272,13 @@ def modality_equilibrium(
     Returns:
         `BlockSolution` with state (N, R, d).
 
+    Raises:
+        ValueError, TypeError: naming the argument, what was got and what was expected.
+
     Source: arXiv 2306.16645, equations 3 to 5; gradients by the implicit function theorem.
     """
-    cell_options(cell, x.shape[-1])
+    _check_modality(x, parameters, cell, adjoint, present)
+    _check_solve(solver, init, tolerance, x, x.shape)
     state, *rest = _ModalityEquilibrium.apply(
         x, init, present, tolerance, trace, adjoint.encoded, *parameters, *cell,
         solver.encoded,
@@ -264,9 +314,13 @@ def fusion_equilibrium(
     Returns:
         `BlockSolution` with state (R, d).
 
+    Raises:
+        ValueError, TypeError: naming the argument, what was got and what was expected.
+
     Source: arXiv 2306.16645, equations 6 and 7.
     """
-    cell_options(cell, injection.shape[-1])
+    _check_fusion(modalities, injection, parameters, cell, adjoint, gate_mask, fusion_mask)
+    _check_solve(solver, init, tolerance, injection, injection.shape)
     state, *rest = _FusionEquilibrium.apply(
         modalities, injection, init, gate_mask, fusion_mask, tolerance, trace,
         adjoint.encoded, *parameters, *cell, solver.encoded,
@@ -298,7 +352,9 @@ def joint_equilibrium(
         `BlockSolution` with state (N+1, R, d); the statistics, those of the whole state, are
         repeated for every block.
     """
-    cell_options(cell, x.shape[-1])
+    _check_modality(x, modality_parameters, cell, adjoint, present)
+    _check_fusion(x, injection, fusion_parameters, cell, adjoint, gate_mask, fusion_mask)
+    _check_solve(solver, init, tolerance, x, (x.shape[0] + 1, *x.shape[1:]))
     state, *rest = _JointEquilibrium.apply(
         x, injection, init, present, gate_mask, fusion_mask, tolerance, trace,
         adjoint.encoded, *modality_parameters, *fusion_parameters, *cell,
@@ -329,9 +385,8 @@ def modality_adjoint(
     Returns:
         (dL/dx (N, R, d), gradients of the parameters, statistics (N, R) each).
     """
-    cell_options(cell, x.shape[-1])
-    if status is None:
-        status = torch.zeros(z.shape[:2], dtype=torch.int32, device=z.device)
+    _check_modality(x, parameters, cell, adjoint, present)
+    status = _check_solution(gradient, z, status, x)
     dx, *rest = torch.ops.deqfusion.modality_adjoint(
         gradient, z, status, x, present, *parameters, *cell, adjoint.encoded
     )
@@ -362,9 +417,8 @@ def fusion_adjoint(
     Returns:
         (dL/dz_i (N, R, d), dL/dx_f (R, d), gradients of the parameters, statistics (R,) each).
     """
-    cell_options(cell, injection.shape[-1])
-    if status is None:
-        status = torch.zeros(z.shape[:1], dtype=torch.int32, device=z.device)
+    _check_fusion(modalities, injection, parameters, cell, adjoint, gate_mask, fusion_mask)
+    status = _check_solution(gradient, z, status, injection)
     dm, dx, *rest = torch.ops.deqfusion.fusion_adjoint(
         gradient, z, status, modalities, injection, gate_mask, fusion_mask, *parameters, *cell,
         adjoint.encoded,

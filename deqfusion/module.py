@@ -45,7 +45,7 @@ class DEQFusion(nn.Module):
         adjoint: backward mode, `Implicit`, `Phantom`, `OneStep` or `Unroll`.
         joint: solves the whole state as one problem, for comparison with the paper's traces;
             slower, same fixed point.
-        device, dtype: of the parameters.
+        device, dtype: of the parameters; fp64, fp32, bf16 or fp16.
 
     Raises:
         ValueError, TypeError: naming the argument, what was got and what was expected.
@@ -69,17 +69,18 @@ class DEQFusion(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check.count("dim", dim, minimum=1)
-        check.count("num_modalities", num_modalities, minimum=1)
+        dim = check.count("dim", dim, minimum=1)
+        num_modalities = check.count("num_modalities", num_modalities, minimum=1)
+        num_groups = check.count("num_groups", num_groups, minimum=1)
         options = CellOptions(num_groups, gate, gate_input, skip, tail)
         check.cell_options(options, dim)
         check.probability("dropout", dropout)
-        check.instance("solver", solver, Solver)
         check.instance("adjoint", adjoint, Adjoint)
         check.boolean("joint", joint)
+        check.dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         self.dim, self.num_modalities = dim, num_modalities
         self.options = options
-        self.dropout, self.solver, self.adjoint, self.joint = dropout, solver, adjoint, joint
+        self.dropout, self.adjoint, self.joint = dropout, adjoint, joint
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -95,10 +96,25 @@ class DEQFusion(nn.Module):
         self.fusion_weight, self.fusion_bias = parameter(d, d), parameter(d)
         self.fusion_norm_weight, self.fusion_norm_bias = parameter(d), parameter(d)
         self.injection_weight, self.injection_bias = parameter(n), parameter(1)
-        if isinstance(solver.tol, ToleranceSchedule):
-            self.solver_progress: Tensor
-            self.register_buffer("solver_progress", torch.zeros((), dtype=torch.long))
+        self.solver = solver
         self.reset_parameters()
+
+    @property
+    def solver(self) -> Solver:
+        """The solver; it may be replaced. A tolerance schedule counts in `solver_progress`."""
+        return self._solver
+
+    @solver.setter
+    def solver(self, solver: Solver) -> None:
+        check.instance("solver", solver, Solver)
+        self._solver = solver
+        scheduled, counts = isinstance(solver.tol, ToleranceSchedule), "solver_progress"
+        if scheduled and not hasattr(self, counts):
+            self.solver_progress: Tensor
+            start = torch.zeros((), dtype=torch.long, device=self.gate_bias.device)
+            self.register_buffer(counts, start)
+        elif not scheduled and hasattr(self, counts):
+            del self.solver_progress
 
     def reset_parameters(self) -> None:
         """Draws weights and biases as `nn.Linear` does; norms and injection begin at 1 and 0."""
@@ -179,10 +195,12 @@ class DEQFusion(nn.Module):
             features: sequence of N tensors (..., d), or one (N, ..., d); floating point, in the
                 parameters' dtype (under autocast any). Leading dimensions are rows.
             init: where to start: a state (N+1, ..., d), modalities then fusion, or an earlier
-                equilibrium. None starts from 0.
+                equilibrium. None starts from 0, and so does a block of a row that is not finite in
+                it.
             mask: bool (..., N), True where a modality is missing; it is left out of x_f and of the
                 gate sum, its state is 0, and its features are not looked at. A row must have at
-                least one modality.
+                least one modality: without, it is an error on a CPU (compiled, a RuntimeError) and
+                elsewhere, where looking would wait for the device, its fusion is NON_FINITE.
             injection: (..., d), x_f given by the caller in place of sum_i w_i x_i + b.
             trace: records the residual of every evaluation in `stats.trace`.
 
@@ -255,8 +273,7 @@ class DEQFusion(nn.Module):
             () in the parameters' dtype.
         """
         check.count("probes", probes, minimum=1)
-        check.equilibrium("eq", eq)
-        rows = self._rows(features, eq.mask if mask is None else mask, injection)
+        rows = self._rows_of(eq, features, mask, injection)
         with torch.autocast(rows.x.device.type, enabled=False):
             return regularization.jacobian_penalty(
                 eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype),
@@ -273,8 +290,7 @@ class DEQFusion(nn.Module):
         See `deqfusion.diagnostics.spectral_radius`; `steps` is the dimension of the Krylov space.
         """
         check.count("steps", steps, minimum=1)
-        check.equilibrium("eq", eq)
-        rows = self._rows(features, eq.mask if mask is None else mask, injection)
+        rows = self._rows_of(eq, features, mask, injection)
         state = eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim)
         with torch.autocast(rows.x.device.type, enabled=False):
             return diagnostics.spectral_radius(
@@ -292,7 +308,7 @@ class DEQFusion(nn.Module):
         Returns:
             (N, ...).
         """
-        check.equilibrium("eq", eq)
+        check.equilibrium("eq", eq, self.num_modalities, self.dim)
         mask = eq.mask if mask is None else mask
         leading = eq.fused.shape[:-1]
         present = None if mask is None else check.mask(mask, leading, self.num_modalities)
@@ -335,7 +351,17 @@ class DEQFusion(nn.Module):
                     f"{(*leading, self.dim)}"
                 )
             x_f = injection.reshape(x.shape[1:]).to(x.dtype)
+        if present is not None:
+            x_f = torch.where(present.any(0).unsqueeze(-1), x_f, torch.nan)
         return _Rows(x, x_f, present, leading)
+
+    def _rows_of(
+        self, eq: Equilibrium, features: Features, mask: Tensor | None, injection: Tensor | None
+    ) -> _Rows:
+        """The inputs that `eq` is an equilibrium of; `mask` None takes that of `eq`."""
+        x = check.stack_features(features, self.num_modalities, self.dim)
+        check.equilibrium("eq", eq, self.num_modalities, self.dim, x.shape[1:-1])
+        return self._rows(x, eq.mask if mask is None else mask, injection)
 
     def _start(
         self, init: Tensor | Equilibrium | None, leading: torch.Size, dtype: torch.dtype
@@ -345,7 +371,8 @@ class DEQFusion(nn.Module):
         value = init.state if isinstance(init, Equilibrium) else init
         check.state(value, self.num_modalities, leading, self.dim, "init")
         check.same_device("init", value, self.modality_weight1.device, "the parameters")
-        return value.detach().reshape(self.num_modalities + 1, -1, self.dim).to(dtype)
+        value = value.detach().reshape(self.num_modalities + 1, -1, self.dim).to(dtype)
+        return torch.where(value.isfinite().all(-1, keepdim=True), value, 0.0)
 
     def _masks(self, x: Tensor, present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Factors on the gates (N, R, 1 or d) and on the fusion product (R, d): one per solve."""
@@ -371,26 +398,29 @@ class DEQFusion(nn.Module):
         fusion_mask: Tensor | None, trace: bool,
     ) -> tuple[Tensor, Tensor, SolveStats]:  # fmt: skip
         tolerance = self._tolerance()
-        with torch.autocast(rows.x.device.type, enabled=False):
-            if self.joint:
-                whole = functional.joint_equilibrium(
-                    rows.x, rows.injection, self.modality_parameters, self.fusion_parameters,
-                    cell=self.options, solver=self.solver, adjoint=self.adjoint, init=start,
-                    present=rows.present, gate_mask=gate_mask, fusion_mask=fusion_mask,
-                    tolerance=tolerance, trace=trace,
-                )  # fmt: skip
-                return whole.state[:-1], whole.state[-1], _stats(whole[1:], trace)
-            z = functional.modality_equilibrium(
-                rows.x, self.modality_parameters, cell=self.options, solver=self.solver,
-                adjoint=self.adjoint, init=None if start is None else start[:-1],
-                present=rows.present, tolerance=tolerance, trace=trace,
+        # No autocast context around operators that switch it off themselves: a program exported
+        # with one around them cannot be saved.
+        if self.joint:
+            whole = functional.joint_equilibrium(
+                rows.x, rows.injection, self.modality_parameters, self.fusion_parameters,
+                cell=self.options, solver=self.solver, adjoint=self.adjoint, init=start,
+                present=rows.present, gate_mask=gate_mask, fusion_mask=fusion_mask,
+                tolerance=tolerance, trace=trace,
             )  # fmt: skip
-            fused = functional.fusion_equilibrium(
-                z.state, rows.injection, self.fusion_parameters, cell=self.options,
-                solver=self.solver, adjoint=self.adjoint,
-                init=None if start is None else start[-1], gate_mask=gate_mask,
-                fusion_mask=fusion_mask, tolerance=tolerance, trace=trace,
-            )  # fmt: skip
+            return whole.state[:-1], whole.state[-1], _stats(whole[1:], trace)
+        z = functional.modality_equilibrium(
+            rows.x, self.modality_parameters, cell=self.options, solver=self.solver,
+            adjoint=self.adjoint, init=None if start is None else start[:-1],
+            present=rows.present, tolerance=tolerance, trace=trace,
+        )  # fmt: skip
+        # The fusion of a row that lost a modality has no answer, whatever is injected.
+        lost = (z.status == int(Status.NON_FINITE)).any(0).unsqueeze(-1)
+        fused = functional.fusion_equilibrium(
+            z.state, torch.where(lost, torch.nan, rows.injection), self.fusion_parameters,
+            cell=self.options, solver=self.solver, adjoint=self.adjoint,
+            init=None if start is None else start[-1], gate_mask=gate_mask,
+            fusion_mask=fusion_mask, tolerance=tolerance, trace=trace,
+        )  # fmt: skip
         both = [torch.cat((a, b.unsqueeze(0))) for a, b in zip(z[1:], fused[1:], strict=True)]
         return z.state, fused.state, _stats(both, trace)
 
@@ -407,7 +437,6 @@ class DEQFusion(nn.Module):
         injection = torch.where(unknown_fused.unsqueeze(-1), 0.0, rows.injection)
         unknown = torch.cat((unknown, unknown_fused.unsqueeze(0)))
         state = x.new_zeros(self.num_modalities + 1, *x.shape[1:]) if start is None else start
-        unknown = unknown | ~state.isfinite().all(-1)
         state = torch.where(unknown.unsqueeze(-1), 0.0, state)
         norms = []
         with torch.autocast(x.device.type, enabled=False):

@@ -42,6 +42,14 @@ class ConvergenceError(RuntimeError):
 class SolveStats:
     """Per-row outcome of an equilibrium solve.
 
+    A row has CONVERGED when the point z that was evaluated last meets the tolerance; what is
+    returned is f(z), which is nearer to the equilibrium where f contracts. Where f repels, the
+    residual of f(z) itself can exceed the tolerance: at default init, in 1% of the modality solves
+    at width 32, in none of 1280 rows at width 300.
+
+    Where a modality is NON_FINITE, so is the fusion. A block that is returns its best finite
+    iterate, or where there is none its start, and passes no gradient on.
+
     Attributes:
         status: int32 (N+1, ...), values of `Status`.
         steps: int32 (N+1, ...), evaluations of the block's map.

@@ -38,11 +38,12 @@ class ToleranceSchedule:
 
     Args:
         start: tolerance at the first training step, > 0.
-        end: tolerance from step `steps` on and in evaluation mode, > 0.
+        end: tolerance from step `steps` on and in evaluation mode, > 0 and at most `start`.
         steps: training forward passes over which it tightens, >= 1.
 
     Raises:
-        ValueError: if a tolerance is not positive and finite, or `steps` is below 1.
+        ValueError: if a tolerance is not positive and finite, `end` is above `start`, or `steps`
+            is below 1.
     """
 
     start: float
@@ -52,6 +53,8 @@ class ToleranceSchedule:
     def __post_init__(self) -> None:
         check.positive("start", self.start)
         check.positive("end", self.end)
+        if self.end > self.start:
+            raise ValueError(f"end: got {self.end}, expected at most start = {self.start}")
         check.count("steps", self.steps, minimum=1)
 
     def at(self, progress: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ class Solver:
 
     @property
     def _common(self) -> tuple[float, float, int]:
-        return self.final_tol, float(self.atol), self.max_steps
+        return self.final_tol, float(self.atol), int(self.max_steps)
 
     @property
     def final_tol(self) -> float:
@@ -145,7 +148,7 @@ class Anderson(Solver):
     def _options(self) -> SolverOptions:
         relative = self.ridge_mode == "relative"
         return SolverOptions(
-            "anderson", *self._common, self.memory, self.ridge, relative, float(self.mixing),
+            "anderson", *self._common, int(self.memory), self.ridge, relative, float(self.mixing),
             self.ladder == "auto",
         )  # fmt: skip
 
@@ -192,4 +195,4 @@ class Broyden(Solver):
         self._finish()
 
     def _options(self) -> SolverOptions:
-        return SolverOptions("broyden", *self._common, self.memory, None, True, 1.0, False)
+        return SolverOptions("broyden", *self._common, int(self.memory), None, True, 1.0, False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from deqfusion.reference.cell import CellOptions
+from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.solution import Equilibrium
 
 __all__ = [
@@ -17,16 +18,25 @@ __all__ = [
     "cell_options",
     "choice",
     "count",
+    "dtype",
     "equilibrium",
+    "features",
     "floating",
     "fraction",
+    "fusion_parameters",
     "instance",
     "mask",
+    "modality_parameters",
     "non_negative",
     "positive",
     "probability",
+    "same_device",
     "stack_features",
+    "state",
+    "tensor",
 ]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _number(name: str, value: Any) -> float:
@@ -61,12 +71,13 @@ def probability(name: str, value: Any) -> None:
         raise ValueError(f"{name}: got {value!r}, expected a number in [0, 1)")
 
 
-def count(name: str, value: Any, minimum: int) -> None:
-    """An integer >= `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def count(name: str, value: Any, minimum: int) -> int:
+    """An integer >= `minimum`, NumPy's included; returned as an int."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an integer")
     if value < minimum:
         raise ValueError(f"{name}: got {value}, expected an integer >= {minimum}")
+    return int(value)
 
 
 def boolean(name: str, value: Any) -> None:
@@ -92,11 +103,22 @@ def cell_options(options: CellOptions, dim: int) -> None:
     choice("tail", options.tail, ("relu_norm", "norm_relu"))
 
 
-def equilibrium(name: str, value: Any) -> None:
-    """A solved fusion."""
+def equilibrium(
+    name: str, value: Any, modalities: int, dim: int, leading: Sequence[int] | None = None
+) -> None:
+    """A solved fusion of this layer, and if `leading` is given of features (N, *leading, d)."""
     if not isinstance(value, Equilibrium):
         raise TypeError(
             f"{name}: got {type(value).__name__}, expected what `fusion.equilibrium` returns"
+        )
+    whose = "this layer" if leading is None else "these features"
+    leading = value.fused.shape[:-1] if leading is None else leading
+    got = tuple(value.modalities.shape), tuple(value.fused.shape)
+    expected = (modalities, *leading, dim), (*leading, dim)
+    if got != expected:
+        raise ValueError(
+            f"{name}: got modalities of shape {got[0]} and a fusion of shape {got[1]}, expected "
+            f"{expected[0]} and {expected[1]} as {whose} have"
         )
 
 
@@ -164,6 +186,13 @@ def stack_features(features: Sequence[Tensor] | Tensor, modalities: int, dim: in
     return features if isinstance(features, Tensor) else torch.stack(tuple(parts))
 
 
+def dtype(name: str, value: Any) -> None:
+    """A dtype that the solves compute in."""
+    names = [str(each) for each in DTYPES]
+    if value not in DTYPES:
+        raise TypeError(f"{name}: got {value!r}, expected one of {', '.join(names)}")
+
+
 def floating(name: str, value: Any) -> None:
     """A floating-point tensor."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -181,11 +210,12 @@ def mask(value: Tensor, leading: torch.Size, modalities: int) -> Tensor:
     """Checks the missing-modality mask and returns which are present, as bool (N, rows).
 
     Args:
-        value: bool (..., N), True where a modality is missing; at least one False per row.
+        value: bool (..., N), True where a modality is missing; at least one False per row, which
+            is checked on a CPU only.
         leading: leading dimensions of the features.
 
     Raises:
-        ValueError, TypeError: on a wrong shape or dtype, or a row without any modality.
+        ValueError, TypeError: on a wrong shape or dtype, or (on a CPU) a row without any modality.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"mask: got {type(value).__name__}, expected a tensor (..., {modalities})")
@@ -195,17 +225,84 @@ def mask(value: Tensor, leading: torch.Size, modalities: int) -> Tensor:
     if tuple(value.shape) != expected:
         raise ValueError(f"mask: got shape {tuple(value.shape)}, expected {expected}")
     present = ~value.reshape(-1, modalities)
-    every_row = present.any(dim=1)
-    if torch.compiler.is_compiling() or value.device.type != "cpu":
-        # Neither a graph break nor a wait for the device: the check runs where the data is.
-        torch._assert_async(every_row.all(), "mask: a row has no modality present")
-    elif not bool(every_row.all()):
-        empty = int((~every_row).sum())
-        raise ValueError(
-            f"mask: got {empty} of {every_row.numel()} rows with no modality present (True = "
-            "missing), expected at least one per row"
-        )
+    if value.device.type == "cpu":
+        _some_present(present.any(dim=1))
     return present.t().contiguous()
+
+
+def _some_present(rows: Tensor) -> None:
+    """Whether every row has a modality, bool (R,) on the CPU.
+
+    On a GPU reading it would wait for the device, and a failed assertion there leaves the process
+    without one: the caller makes such rows NON_FINITE instead.
+    """
+    rest = "with no modality present (True = missing), expected at least one per row"
+    if torch.compiler.is_compiling():
+        torch._assert_async(rows.all(), f"mask: got a row {rest}")
+    elif not bool(rows.all()):
+        raise ValueError(f"mask: got {int((~rows).sum())} of {rows.numel()} rows {rest}")
+
+
+def features(name: str, value: Any, dims: str) -> None:
+    """Features with the dimensions that `dims` lists, in a dtype that the solves compute in."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor ({dims})")
+    dtype(name, value.dtype)
+    if value.dim() != len(dims.split(", ")):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({dims})")
+
+
+def tensor(
+    name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tensor,
+    kind: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """A tensor of one of `shapes` on the device of `like`; of dtype `kind`, None: floating."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor of {shapes[0]}")
+    if kind is None:
+        floating(name, value)
+    elif value.dtype != kind:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {kind}")
+    if tuple(value.shape) not in shapes:
+        expected = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
+    same_device(name, value, like.device, "the features")
+
+
+def modality_parameters(value: Any, x: Tensor) -> None:
+    """Parameters of the blocks of features x (N, R, d)."""
+    n, _, d = x.shape
+    shapes = {"weight1": (n, d, d), "weight2": (n, d, d)}
+    _parameters(value, ModalityParameters, shapes, (n, d), x)
+
+
+def fusion_parameters(value: Any, cell: CellOptions, x: Tensor) -> None:
+    """Parameters of the fusion of an injection x (R, d)."""
+    d = x.shape[1]
+    gate = (d, 2 * d if cell.gate_input == "concat" else d)
+    _parameters(value, FusionParameters, {"gate_weight": gate, "weight": (d, d)}, (d,), x)
+
+
+def _parameters(
+    value: Any,
+    kind: type,
+    shapes: Mapping[str, tuple[int, ...]],
+    others: tuple[int, ...],
+    x: Tensor,
+) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"parameters: got {type(value).__name__}, expected {kind.__name__}")
+    device = x.device
+    for name, part in value._asdict().items():  # type: ignore[attr-defined]
+        shape = shapes.get(name, others)
+        # Nothing is put into words before something is wrong: this runs at every call.
+        if not (
+            isinstance(part, Tensor)
+            and part.shape == shape
+            and part.is_floating_point()
+            and part.device == device
+        ):
+            tensor(f"parameters.{name}", part, [shape], x)
 
 
 def state(value: Tensor, modalities: int, leading: torch.Size, dim: int, name: str) -> None:

@@ -1,5 +1,6 @@
 """What wrong input gets: an error that names it, or the right result. Never silence."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from deqfusion import (
     Phantom,
     Picard,
     Status,
+    ToleranceSchedule,
     Unroll,
     functional,
 )
@@ -121,12 +123,25 @@ def test_features_that_are_no_tensors(fusion, wrong):
         ((16, 2), {"solver": Anderson}, TypeError, ("solver", "Anderson")),
         ((16, 2), {"adjoint": "implicit"}, TypeError, ("adjoint", "implicit", "Implicit")),
         ((16, 2), {"adjoint": Anderson()}, TypeError, ("adjoint", "Anderson")),
+        ((16, 2), {"dtype": torch.int32}, TypeError, ("dtype", "torch.int32", "torch.float32")),
+        ((16, 2), {"dtype": "float32"}, TypeError, ("dtype", "'float32'", "torch.float32")),
+        ((np.float64(16), 2), {}, TypeError, ("dim", "16.0")),
     ],
 )
 def test_layer_options(arguments, options, kind, fragments):
     with pytest.raises(kind) as error:
         DEQFusion(*arguments, **options)
     assert_names(error, *fragments)
+
+
+def test_numbers_of_numpy():
+    sixteen, two = np.int64(16), np.int32(2)
+    solver = Anderson(max_steps=np.int64(30), memory=two)
+    adjoint = Implicit(Broyden(max_steps=sixteen, memory=two))
+    fusion = DEQFusion(sixteen, two, num_groups=two, solver=solver, adjoint=adjoint)
+    assert type(fusion.dim) is type(fusion.num_modalities) is int
+    fusion(features()).sum().backward()
+    DEQFusion(16, 2, adjoint=Phantom(steps=two))(features()).sum().backward()
 
 
 def test_unknown_option():
@@ -168,6 +183,7 @@ def test_solver_options(solver, options, kind, name):
         (lambda: Phantom(steps=0), ValueError, ("steps", "0")),
         (lambda: Phantom(damping=2.0), ValueError, ("damping", "2.0")),
         (lambda: Unroll(0), ValueError, ("steps", "0")),
+        (lambda: ToleranceSchedule(1e-3, 1e-1, 5), ValueError, ("end", "0.1", "start = 0.001")),
     ],
 )
 def test_solver_and_adjoint_values(make, kind, fragments):
@@ -197,6 +213,48 @@ def test_mask_with_one_row_empty(fusion):
     with pytest.raises(ValueError, match="expected") as error:
         fusion.equilibrium(features(), mask=mask)
     assert_names(error, "mask", "no modality", "1")
+
+
+def test_mask_with_one_row_empty_in_a_compiled_layer(fusion):
+    mask = torch.zeros(BATCH, COUNT, dtype=torch.bool)
+    mask[3] = True
+    torch._dynamo.reset()
+    compiled = torch.compile(fusion, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="expected") as error:
+        compiled(features(), mask=mask)
+    assert_names(error, "mask: got a row with no modality present", "at least one per row")
+
+
+@pytest.mark.parametrize("options", [{}, {"joint": True}, {"adjoint": Unroll(2)}], ids=repr)
+def test_mask_with_one_row_empty_where_nobody_looks(monkeypatch, options):
+    """On a GPU the check would wait for the device; there the row has no fusion instead."""
+    monkeypatch.setattr("deqfusion.validation._some_present", lambda rows: None)
+    fusion, values = DEQFusion(DIM, COUNT, **options), features()
+    mask = torch.zeros(BATCH, COUNT, dtype=torch.bool)
+    mask[3] = True
+    others = torch.arange(BATCH) != 3
+    eq = fusion.equilibrium(values, mask=mask)
+    assert eq.stats.status[-1, 3] == Status.NON_FINITE
+    assert not eq.fused[3].any()
+    assert (eq.stats.status[-1, others] != Status.NON_FINITE).all()
+    torch.testing.assert_close(eq.fused[others], fusion(values[:, others]), rtol=1e-4, atol=1e-5)
+    (eq.fused.sum() + fusion.jacobian_penalty(eq, values)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in fusion.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"joint": True}, {"adjoint": Unroll(9)}], ids=repr)
+def test_rows_of_init_that_are_not_finite_start_from_zero(options):
+    torch.manual_seed(0)
+    fusion, values = DEQFusion(DIM, COUNT, **options), features()
+    init = torch.randn(COUNT + 1, BATCH, DIM)
+    cleared = init.clone()
+    for block, row, value in ((0, 3, float("nan")), (COUNT, 4, float("inf"))):
+        init[block, row, 5] = value
+        cleared[block, row] = 0
+    got, expected = fusion.equilibrium(values, init=init), fusion.equilibrium(values, init=cleared)
+    assert torch.equal(got.state, expected.state)
+    assert torch.equal(got.stats.status, expected.stats.status)
+    assert (got.stats.status != Status.NON_FINITE).all()
 
 
 @pytest.mark.parametrize(

@@ -306,14 +306,25 @@ class TestOfficialLayer:
             ({"stop_mode": "both"}, ("stop_mode", "both", "abs", "rel")),
             ({"solver": "newton"}, ("solver", "newton", "anderson", "broyden")),
             ({"num_layers": 0}, ("num_layers", "0")),
-            ({"f_thres": 0}, ("0",)),
+            ({"num_layers": 2.0}, ("num_layers", "2.0")),
+            ({"f_thres": 0}, ("f_thres", "0")),
+            ({"b_thres": 0}, ("b_thres", "0")),
+            ({"b_thres": 5.5}, ("b_thres", "5.5")),
+            ({"deq": "yes"}, ("deq", "yes")),
+            ({"eps": 0}, ("eps", "0")),
+            ({"eps": 0, "stop_mode": "rel"}, ("eps", "0")),
+            ({"channel_dim": 0}, ("channel_dim", "0")),
+            ({"num_modals": "2"}, ("num_modals", "'2'")),
             ({"tail": "relu"}, ("tail", "relu_norm", "norm_relu")),
         ],
     )
     def test_options(self, options, fragments):
-        with pytest.raises(ValueError, match="expected") as error:
-            OfficialDEQFusion(DIM, COUNT, **options)
-        for fragment in (*fragments, "expected"):
+        """The error begins with the caller's argument, whatever the engine calls it."""
+        sizes = {"channel_dim": DIM, "num_modals": COUNT}
+        with pytest.raises((TypeError, ValueError), match="expected") as error:
+            OfficialDEQFusion(**{**sizes, **options})
+        assert str(error.value).startswith(fragments[0] + ": got ")
+        for fragment in fragments:
             assert fragment in str(error.value)
 
     def test_copies(self):

@@ -162,24 +162,29 @@ def test_implicit_gradient_equals_the_dense_solution(gate_input, masked):
         assert (gradient - reference).abs().max().item() < 1e-9 * scale
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_unroll_equals_differentiating_the_textbook_steps(steps):
+def test_unroll_equals_differentiating_the_textbook_steps(steps, masked):
     count = 2
     fusion = contracting(count, adjoint=Unroll(steps))
     torch.manual_seed(5)
     features = torch.randn(count, BATCH, DIM, dtype=torch.float64)
     inputs = features.clone().requires_grad_()
-    fused = fusion(inputs)
-    cotangent = torch.randn_like(fused)
-    fused.backward(cotangent)
+    mask = missing_mask(count) if masked else None
+    present = None if mask is None else ~mask
+    got_state = fusion.equilibrium(inputs, mask=mask).state
+    cotangent = torch.randn_like(got_state)
+    got_state.backward(cotangent)
 
     leaves = {n: p.detach().clone().requires_grad_() for n, p in fusion.named_parameters()}
     leaf_features = features.clone().requires_grad_()
     state = torch.zeros(count + 1, BATCH, DIM, dtype=torch.float64)
     for _ in range(steps):
-        state = textbook_cell(leaves, state, list(leaf_features), CellOptions(num_groups=2))
-    assert torch.allclose(fused, state[-1], rtol=1e-12, atol=1e-12)
-    state[-1].backward(cotangent)
+        state = textbook_cell(
+            leaves, state, list(leaf_features), CellOptions(num_groups=2), present=present
+        )
+    assert torch.allclose(got_state, state, rtol=1e-12, atol=1e-12)
+    state.backward(cotangent)
     assert torch.allclose(inputs.grad, leaf_features.grad, rtol=1e-9, atol=1e-11)
     for name, parameter in fusion.named_parameters():
         expected = leaves[name].grad

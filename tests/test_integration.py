@@ -228,6 +228,20 @@ def test_export():
         assert torch.allclose(program.module()(inputs), model(inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("setting", ["default", "joint", "unroll"])
+def test_exported_programs_are_saved_and_loaded(setting, strict, tmp_path):
+    torch._dynamo.reset()
+    fusion = DEQFusion(DIM, 3, **tight(**OPERATOR_SETTINGS[setting])).eval()
+    dynamic = ({1: torch.export.Dim("batch", min=2, max=256)},)
+    example = (torch.randn(3, 5, DIM),)
+    program = torch.export.export(fusion, example, dynamic_shapes=dynamic, strict=strict)
+    torch.export.save(program, tmp_path / "fusion.pt2")
+    loaded = torch.export.load(tmp_path / "fusion.pt2").module()
+    features = torch.randn(3, 9, DIM)
+    assert torch.allclose(loaded(features), fusion(features), rtol=1e-4, atol=1e-5)
+
+
 @needs_compiler
 def test_aot_inductor(tmp_path):
     model = Model(**tight())
@@ -261,8 +275,13 @@ def test_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         # Autocast must not reach into the solves, their adjoints, or the penalty.
         model(inputs).float().square().sum().backward()
-        state = model.fusion.equilibrium(features).state
-        assert model.fusion.cell(state, features).dtype == torch.float32
+        equilibrium = model.fusion.equilibrium(features)
+        assert model.fusion.cell(equilibrium.state, features).dtype == torch.float32
+        unrolled = copy.deepcopy(model.fusion)
+        unrolled.adjoint = Unroll(2)
+        steps = unrolled.equilibrium(features).state
+    torch.testing.assert_close(steps, unrolled.equilibrium(features.float()).state)
+    torch.testing.assert_close(equilibrium.state, model.fusion.equilibrium(features.float()).state)
     for name, parameter in model.named_parameters():
         assert outside[name].dtype == torch.float32
         assert outside[name].isfinite().all(), name
@@ -409,3 +428,25 @@ def test_checkpoints_cross_between_a_schedule_and_a_constant_tolerance():
     assert torch.equal(back.modality_weight1, scheduled.modality_weight1)
     back.load_state_dict(scheduled.state_dict())
     assert back.solver_progress == 7
+
+
+def test_the_solver_may_be_replaced():
+    scheduled = Anderson(tol=ToleranceSchedule(1e-1, 1e-3, 10))
+    fusion, features = DEQFusion(DIM, COUNT), torch.randn(COUNT, 3, DIM)
+    names = list(fusion.state_dict())
+    fusion.solver = scheduled
+    fusion(features)
+    assert fusion.solver_progress == 1
+    fusion.solver = Anderson(tol=ToleranceSchedule(1e-2, 1e-4, 10))
+    assert fusion.solver_progress == 1
+    fusion.solver = Picard()
+    assert list(fusion.state_dict()) == names
+    fusion.load_state_dict(fusion.state_dict())
+    fusion(features)
+    with pytest.raises(TypeError, match="solver: got 'anderson', expected an instance of one of"):
+        fusion.solver = "anderson"
+    assert fusion.solver == Picard()
+    built = DEQFusion(DIM, COUNT, solver=scheduled)
+    built.solver = Anderson()
+    built.load_state_dict(built.state_dict())
+    assert copy.deepcopy(built).solver == pickle.loads(pickle.dumps(built)).solver == Anderson()

@@ -1,5 +1,7 @@
 """A row is its own problem: its answer does not depend on what it is batched with."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -27,10 +29,14 @@ def parts(equilibrium, rows=slice(None)):
     return equilibrium.state[:, rows], stats.steps[:, rows], stats.status[:, rows]
 
 
-@pytest.fixture(params=[Anderson, Picard, Broyden], ids=lambda solver: solver.__name__)
+@pytest.fixture(
+    params=itertools.product([Anderson, Picard, Broyden], [False, True]),
+    ids=lambda param: f"{param[0].__name__}{'-joint' * param[1]}",
+)
 def layer(request):
     torch.manual_seed(3)
-    return DEQFusion(DIM, COUNT, solver=request.param(tol=1e-3, max_steps=60))
+    solver, joint = request.param
+    return DEQFusion(DIM, COUNT, solver=solver(tol=1e-3, max_steps=60), joint=joint)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])

@@ -53,7 +53,7 @@ class JointBlock:
         )  # fmt: skip
         if self.present is not None:
             new[:-1].mul_(self.present)
-        return new.transpose(0, 1).reshape(1, rows, -1)
+        return new.transpose(0, 1).reshape(1, rows, (modalities + 1) * dim)
 
     def take(self, index: Tensor) -> JointBlock:
         """The same block for the rows index (1, S)."""
@@ -98,7 +98,7 @@ def solve_joint(
         of the N+1 blocks.
     """
     dtype = compute_dtype(x.dtype)
-    blocks = x.shape[0] + 1
+    blocks, rows, dim = x.shape[0] + 1, x.shape[1], x.shape[2]
 
     def cast(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(dtype)
@@ -114,10 +114,10 @@ def solve_joint(
         cell,
     )
     if init is not None:
-        init = init.transpose(0, 1).reshape(1, x.shape[1], -1)
+        init = init.transpose(0, 1).reshape(1, rows, blocks * dim)
     example = x.new_empty(0, dtype=dtype)
     # The joint map is compared, not shipped fast: full precision throughout.
     o = o._replace(ladder=False)
     solution = solve_rows(block, init, o, tolerance, record, None, example, x.dtype)
-    state = solution.state.reshape(x.shape[1], blocks, -1).transpose(0, 1).contiguous()
+    state = solution.state.reshape(rows, blocks, dim).transpose(0, 1).contiguous()
     return Solution(state, *(t.expand(blocks, *t.shape[1:]).clone() for t in solution[1:]))

@@ -1,12 +1,14 @@
 """The two loops: the one that reads flags and climbs the ladder, and the one that does neither."""
 
 import itertools
+import traceback
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from deqfusion import Anderson, Broyden, DEQFusion, Implicit, Picard, Status
-from deqfusion.reference import adjoint, host, iterate, solve
+from deqfusion import Anderson, Broyden, DEQFusion, Implicit, Phantom, Picard, Status
+from deqfusion.reference import accelerate, adjoint, host, iterate, joint, solve
 
 DIM, COUNT = 256, 2
 
@@ -247,3 +249,120 @@ def test_gradients_of_any_scale(scale):
         fusion(inputs).backward(direction * factor)
         grads.append(inputs.grad / factor)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", [Anderson, Picard, Broyden], ids=lambda solver: solver.__name__)
+def test_rows_that_converged_leave_the_work(monkeypatch, solver):
+    """Where most rows start at their solution, the steps after the first few cost the others."""
+    rows, cold = 128, 20
+    fusion = layer(16, solver=solver(tol=1e-5, max_steps=100))
+    features = torch.randn(COUNT, rows, 16)
+    init = equilibrium(fusion, features).state
+    init[:, :cold] = 0
+    seen = {solve.ModalityBlock: [], solve.FusionBlock: []}
+    for kind, shapes in seen.items():
+
+        def recording(self, z, shapes=shapes, call=kind.__call__):
+            shapes.append(self.shape[1])
+            return call(self, z)
+
+        monkeypatch.setattr(kind, "__call__", recording)
+    stats = equilibrium(fusion, features, init=init).stats
+    for shapes, steps in zip(seen.values(), (stats.steps[:-1], stats.steps[-1:]), strict=True):
+        assert len(shapes) == steps.max()
+        assert shapes[0] == rows
+        assert shapes == sorted(shapes, reverse=True)
+        # A step takes the rows still running, or at most a third more: fewer are not dropped.
+        running = [max(int((block > k).sum()) for block in steps) for k in range(len(shapes))]
+        for taken, needed in zip(shapes[1:], running[1:], strict=True):
+            least = max(needed, host.MIN_ROWS)
+            assert least <= taken <= max(least, needed / host.COMPACT_BELOW * COUNT)
+        assert shapes[-1] == host.MIN_ROWS
+        assert sum(shapes) < rows * len(shapes) / 2
+
+
+class NoReading(TorchDispatchMode):
+    """Fails at every operation for whose result the host would wait for a device."""
+
+    READING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.READING and not self.on_a_cpu_only():
+            raise AssertionError(f"{func} reads values")
+        if name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1]):
+            raise AssertionError(f"{func} with a mask reads values")
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def on_a_cpu_only() -> bool:
+        """Anderson's weights look at a flag where the device is a CPU, which it is here."""
+        code = accelerate.Anderson.weights.__code__
+        return any(frame.f_code is code for frame, _ in traceback.walk_stack(None))
+
+
+@pytest.fixture
+def unread(monkeypatch) -> NoReading:
+    """No reading of values, neither by operations nor past them, in the loop of other devices."""
+
+    def refuse(*_):
+        raise AssertionError("values are read")
+
+    for name in ("numpy", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    monkeypatch.setattr(solve, "fixed_point", iterate.fixed_point_masked)
+    return NoReading()
+
+
+READS = {
+    "bool": lambda t: bool(t.any()),
+    "item": lambda t: t.sum().item(),
+    "float": lambda t: float(t[0]),
+    "nonzero": lambda t: t.nonzero(),
+    "equal": lambda t: torch.equal(t, t + 1),
+    "index": lambda t: t[t > 0],
+    "tolist": lambda t: t.tolist(),
+    "numpy": lambda t: t.numpy(),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+def test_reading_is_noticed(unread, read):
+    """What the next test rests on."""
+    with unread, pytest.raises(AssertionError, match="read"):
+        read(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "solver", [Anderson(max_steps=9), Picard(max_steps=9), Broyden(max_steps=9, memory=3)], ids=repr
+)
+@pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "scheduled"])
+@pytest.mark.parametrize("gate", ["sigmoid", "identity"])
+def test_solves_on_other_devices_read_nothing(unread, solver, scheduled, gate):
+    """Forward and backward, with rows that converge, that run out of steps and that are lost."""
+    fusion = layer(16, skip=True, gate=gate)
+    features, init = torch.randn(COUNT, 40, 16), torch.randn(COUNT + 1, 40, 16)
+    features[0, 3], features[1, 4] = torch.nan, torch.inf
+    present = torch.rand(COUNT, 40) < 0.8
+    injection, gate_mask = features.sum(0), present.unsqueeze(-1).float()
+    tolerance = torch.tensor(1e-2) if scheduled else None
+    pm, pf, cell = fusion.modality_parameters, fusion.fusion_parameters, fusion.options
+    o = solve.SolverOptions.decode(solver.encoded)
+    with torch.no_grad(), unread:
+        z = solve.solve_modality(features, init[:-1], present, pm, cell, o, tolerance, True)
+        fused = solve.solve_fusion(
+            z.state, injection, init[-1], gate_mask, injection, pf, cell, o, tolerance, True
+        )
+        joint.solve_joint(
+            features, injection, init, present, gate_mask, None, pm, pf, cell, o, tolerance, True
+        )
+        for backward in (o, solve.SolverOptions.decode(Phantom().encoded)):
+            adjoint.adjoint_modality(
+                init[:-1], z.state, z.status, features, present, pm, cell, backward
+            )
+            adjoint.adjoint_fusion(
+                init[-1], fused.state[0], fused.status[0], z.state, injection, gate_mask, None,
+                pf, cell, backward,
+            )  # fmt: skip
+    for status in (Status.CONVERGED, Status.NON_FINITE):
+        assert (z.status == status).any()

@@ -1,0 +1,138 @@
+"""What the functional interface and the measurements of an equilibrium refuse."""
+
+import pytest
+import torch
+
+from deqfusion import DEQFusion, Implicit, Unroll, functional
+
+DIM, COUNT, BATCH = 16, 2, 6
+
+
+@pytest.fixture
+def fusion() -> DEQFusion:
+    torch.manual_seed(0)
+    return DEQFusion(DIM, COUNT)
+
+
+def arguments(name: str, fusion: DEQFusion) -> dict:
+    """Arguments that the function `name` takes."""
+    x, row = torch.randn(COUNT, BATCH, DIM), torch.randn(BATCH, DIM)
+    modality, fused = fusion.modality_parameters, fusion.fusion_parameters
+    return {
+        "modality_equilibrium": {"x": x, "parameters": modality},
+        "modality_adjoint": {"x": x, "z": x, "gradient": x, "parameters": modality},
+        "fusion_equilibrium": {"modalities": x, "injection": row, "parameters": fused},
+        "fusion_adjoint": {
+            "modalities": x, "injection": row, "z": row, "gradient": row, "parameters": fused,
+        },
+        "joint_equilibrium": {
+            "x": x, "injection": row, "modality_parameters": modality, "fusion_parameters": fused,
+        },
+    }[name]  # fmt: skip
+
+
+FUNCTIONS = (
+    "modality_equilibrium", "modality_adjoint", "fusion_equilibrium", "fusion_adjoint",
+    "joint_equilibrium",
+)  # fmt: skip
+
+
+# Dimensions that no other argument fixes: the rows of x, and how many modalities are fused.
+FREE = {
+    ("modality_equilibrium", "x"): 1,
+    ("fusion_equilibrium", "modalities"): 0,
+    ("fusion_adjoint", "modalities"): 0,
+}
+
+
+def wrong_tensors(good: torch.Tensor, free: int | None) -> list:
+    """Integers, another type, a rank and every dimension that does not fit."""
+    fixed = [k for k in range(good.dim()) if k != free]
+    wider = [torch.cat((good, good.narrow(k, 0, 1)), k) for k in fixed]
+    return [good.long(), good.tolist(), good[0], *wider]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_tensor_is_checked(fusion, name):
+    """One argument at a time is wrong; some fit nothing, others do not fit the other arguments."""
+    function, good = getattr(functional, name), arguments(name, fusion)
+    function(**good)
+    for key, value in good.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        for wrong in wrong_tensors(value, FREE.get((name, key))):
+            with pytest.raises((TypeError, ValueError), match=r"\w+: got .*, expected "):
+                function(**{**good, key: wrong})
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_options_are_checked(fusion, name):
+    function, good = getattr(functional, name), arguments(name, fusion)
+    rows, wide = (COUNT, BATCH), torch.zeros(COUNT, BATCH, DIM + 1)
+    wrong = {
+        "adjoint": ["implicit", Unroll(2), None],
+        "solver": ["anderson", Implicit(), None],
+        "cell": [fusion.options._replace(num_groups=5)],
+        "init": [wide, torch.zeros(rows), "zeros"],
+        "tolerance": [1e-3, torch.ones(2), torch.tensor(1)],
+        "present": [torch.ones(rows), torch.ones(BATCH, dtype=torch.bool)],
+        "gate_mask": [wide, torch.ones(rows), torch.ones(BATCH, DIM)],
+        "fusion_mask": [wide, torch.ones(BATCH, 1)],
+        "status": [torch.zeros(rows), torch.zeros(COUNT, dtype=torch.int32)],
+    }
+    taken = function.__kwdefaults__
+    for key in taken.keys() & wrong.keys():
+        for value in wrong[key]:
+            with pytest.raises((TypeError, ValueError), match=r"\w+: got .*, expected ") as error:
+                function(**good, **{key: value})
+            names = ("num_groups",) if key == "cell" else (key,)
+            assert str(error.value).startswith(names), (key, value, error.value)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_parameters_are_checked(fusion, name):
+    function, good = getattr(functional, name), arguments(name, fusion)
+    narrow = DEQFusion(8, COUNT)
+    concat = DEQFusion(DIM, COUNT, gate_input="concat")
+    for key in (key for key in good if key.endswith("parameters")):
+        of_modalities = isinstance(good[key], functional.ModalityParameters)
+        other = narrow.modality_parameters if of_modalities else concat.fusion_parameters
+        for wrong in (other, tuple(good[key]), good[key]._replace(norm1_bias=None)
+                      if of_modalities else good[key]._replace(norm_bias=None)):  # fmt: skip
+            with pytest.raises((TypeError, ValueError), match=r"^parameters.*: got .*, expected "):
+                function(**{**good, key: wrong})
+
+
+def test_what_was_silent():
+    fusion = DEQFusion(DIM, COUNT)
+    x = torch.ones(COUNT, BATCH, DIM, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"^x: got torch\.int64, expected one of torch\.float64"):
+        functional.modality_equilibrium(x, fusion.modality_parameters)
+    with pytest.raises(ValueError, match=r"^injection: got shape \(5, 16\), expected \(6, 16\)$"):
+        functional.fusion_equilibrium(x.float(), torch.randn(5, DIM), fusion.fusion_parameters)
+    with pytest.raises(TypeError, match=r"^solver: got 'anderson', expected an instance of one of"):
+        functional.modality_equilibrium(x.float(), fusion.modality_parameters, solver="anderson")
+
+
+@pytest.mark.parametrize("method", ["jacobian_penalty", "spectral_radius"])
+def test_an_equilibrium_of_other_features(fusion, method):
+    features = torch.randn(COUNT, BATCH, DIM)
+    for rows in (slice(0, 1), slice(0, 5)):
+        eq = fusion.equilibrium(features[:, rows])
+        with pytest.raises(ValueError, match=r"^eq: got .*, expected .* as these features have$"):
+            getattr(fusion, method)(eq, features)
+
+
+@pytest.mark.parametrize(("dim", "count"), [(DIM, 1), (DIM, 3), (8, COUNT)])
+def test_an_equilibrium_of_another_layer(fusion, dim, count):
+    other = DEQFusion(dim, count)
+    eq = other.equilibrium(torch.randn(count, BATCH, dim))
+    features = torch.randn(COUNT, BATCH, DIM)
+    calls = (
+        lambda: fusion.modality_weights(eq),
+        lambda: fusion.jacobian_penalty(eq, features),
+        lambda: fusion.spectral_radius(eq, features),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^eq: got modalities of shape .*, expected "):
+            call()
