@@ -50,8 +50,11 @@ from deqfusion.reference.product import take_rows
 Array = np.ndarray[Any, Any]
 
 MIN_ROWS = 16
+STRIDE = 32
+"""Rows in work are a multiple of this, or `MIN_ROWS`: a library keeps code of its own for every
+size of a product that it meets, and making and keeping it costs more than the rows filled in."""
 COMPACT_BELOW = 0.75
-KEEP_FROM = 0.25
+KEEP_FROM = 0.6
 FLOOR = 1e-2
 REACH = 2.5
 STALL = 2
@@ -75,6 +78,11 @@ def fixed_point(
     if outcome.state.numel():
         _Loop(block, start, accelerator, settings, active, trace, outcome).run()
     return outcome
+
+
+def rounded(rows: int) -> int:
+    """Rows in work for so many that must be: at least `MIN_ROWS`, above in steps of `STRIDE`."""
+    return MIN_ROWS if rows <= MIN_ROWS else -(-rows // STRIDE) * STRIDE
 
 
 class _Waiting(NamedTuple):
@@ -302,8 +310,9 @@ class _Loop:
         if not self.waiting:
             return False
         groups, self.waiting = self.waiting, []
-        # All blocks get the same number of rows, at least MIN_ROWS, some not running.
-        missing = max(0, MIN_ROWS - sum(group.numbers.shape[1] for group in groups))
+        # All blocks get the same number of rows, some not running.
+        waiting = sum(group.numbers.shape[1] for group in groups)
+        missing = rounded(waiting) - waiting
         if missing:
             last = groups[-1]
             groups.append(
@@ -331,7 +340,7 @@ class _Loop:
         Returns:
             The numbers (K, S) of the rows kept.
         """
-        left = max(int(self.running.sum(1).max()), MIN_ROWS)
+        left = rounded(int(self.running.sum(1).max()))
         if left >= self.running.shape[1]:
             left = self.running.shape[1]
             return np.tile(np.arange(left), (len(self.running), 1))
