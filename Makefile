@@ -12,7 +12,7 @@ SOURCES := deqfusion kernels bench
 # torch unpinned would be whatever is newest, and gigabytes of it: always the constraints file.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint bench wheel clean distclean
+.PHONY: help demo test test-library test-programs lint bench wheel clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -47,8 +47,16 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
 
+# Two processes, for two cores: interpreted programs take as long as everything else. Exit code 5:
+# no test was selected (PYTEST_ARGS="-k ...") in one of them.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-library test-programs
+
+test-library:
+	$(BIN)/python -m pytest --ignore=tests/kernels $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+test-programs:
+	$(BIN)/python -m pytest tests/kernels -p no:cacheprovider $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/deqfusion bench $(BENCH_ARGS)

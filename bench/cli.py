@@ -38,6 +38,11 @@ def register_commands(subparsers: Any) -> None:
     parser.add_argument(
         "--loss", help="sum (default) or mean over the batch: scale of the incoming gradient"
     )
+    parser.add_argument(
+        "--predict", metavar="DEVICE",
+        help="print what the GPU programs should cost on h200, h100, a100 or mi300x for the "
+        "shapes, by the cost model, and end",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list suites and contenders, and end")
     parser.set_defaults(run=run)
 
@@ -61,6 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(report.listing())
         return 0
     suite = suites.get(arguments.suite, **_changes(arguments))
+    if arguments.predict is not None:
+        from deqfusion.kernels import cost
+
+        for shape in suite.shapes:
+            print(cost.table(shape.batch, shape.dim, shape.num_modalities, arguments.predict))
+            print()
+        return 0
     for name in suite.contenders:
         contenders.get(name)
     out = _writable(Path(arguments.out))

@@ -1,0 +1,192 @@
+r"""What a solve should cost on a device, from bytes, operations, launches and meetings.
+
+A program of schedule *row* streams all weights of its block through its multiprocessor every step,
+one of schedule *cooperative* the columns of its group, and G programs meet three times a step:
+
+    bytes       = products W^2 b / g  +  (products + 4 M + 6) BM W 4 / g       per program and step
+    operations  = products 2 BM W^2 / g
+    step        = waves max(bytes / L2, operations / rate) + meetings barrier + phases latency
+    solve       = launch + steps step
+
+with g = 1 or G, b the bytes of a weight, L2 and rate those of one multiprocessor (rate times the
+part of a matrix instruction's 64 rows that BM fills), and waves the programs over the
+multiprocessors, rounded up. Where all weights exceed the L2 cache, what they take from memory is a
+floor of a step. The constants are `DEVICES`; only those of the H200 were measured (by others, on
+one), the rest are data sheets', and what none gives is marked assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .config import SCHEDULES, Config, shipped
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class Device:
+    """Constants of a device; rates per second, times in seconds.
+
+    Attributes:
+        multiprocessors: of the whole device.
+        bf16, tf32: dense matrix operations, of the whole device.
+        memory: bytes from HBM.
+        l2: bytes from L2, of one multiprocessor.
+        cache: bytes of L2.
+        launch, barrier: of a kernel, and of a meeting between programs.
+        capability: as `config.shipped` takes it.
+        source: of these.
+    """
+
+    multiprocessors: int
+    bf16: float
+    tf32: float
+    memory: float
+    l2: float
+    cache: float
+    launch: float
+    barrier: float
+    capability: int
+    source: str
+
+
+DEVICES = {
+    "h200": Device(
+        132, 790e12, 395e12, 4.3e12, 110e9, 50e6, 3e-6, 1e-6, 90,
+        "measured on an H200 (bf16, memory, l2, launch, barrier); tf32 half of bf16; L2 50 MB: "
+        "data sheet",
+    ),
+    "h100": Device(
+        132, 790e12, 395e12, 3.35e12, 110e9, 50e6, 3e-6, 1e-6, 90,
+        "H100 SXM data sheet (memory 3.35 TB/s, L2 50 MB); the rest as H200, which has the same "
+        "processor",
+    ),
+    "a100": Device(
+        108, 312e12, 156e12, 2.04e12, 67e9, 40e6, 3e-6, 1e-6, 80,
+        "A100 80 GB data sheet; L2 5120 bytes per clock at 1.41 GHz (A100 white paper) over 108; "
+        "launch and barrier assumed as H200",
+    ),
+    "mi300x": Device(
+        304, 1307e12, 654e12, 5.3e12, 113e9, 4e6, 3e-6, 1e-6, 0,
+        "MI300X data sheet; L2 2048 bytes per clock and die at 2.1 GHz over 38 units, 4 MB per die "
+        "(CDNA 3 white paper); launch and barrier assumed as H200",
+    ),
+}  # fmt: skip
+
+LATENCY = 0.5e-6
+"""Seconds from the last load of a phase to the first of the next, inside a program (assumed)."""
+
+PRODUCTS = {"modality": 2, "fusion": 2}
+PHASES = {"forward": 3, "adjoint": 4}
+STEPS = {"modality": 11, "fusion": 14}
+"""To a relative residual of 1e-3 at the initial parameters, from the design's measurements."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one solve.
+
+    Attributes:
+        block, schedule: what is solved, and how.
+        programs, waves: in all, and after one another.
+        bytes, operations: of one program and step.
+        step, solve: seconds.
+        limiter: "L2", "matrix", "memory" or "latency", the largest part of a step.
+    """
+
+    block: str
+    schedule: str
+    programs: int
+    waves: int
+    bytes: float
+    operations: float
+    step: float
+    solve: float
+    limiter: str
+
+
+def predict(
+    block: str, rows: int, dim: int, modalities: int, device: Device, config: Config, *,
+    groups: int = 4, memory: int = 5, low: bool = True, adjoint: bool = False,
+    steps: int | None = None,
+) -> Prediction:  # fmt: skip
+    """The cost of one solve.
+
+    Args:
+        block: "modality" (all N at once) or "fusion".
+        rows, dim, modalities, groups: R, d, N, G.
+        device, config: constants and tiles.
+        memory: m of Anderson mixing.
+        low: bfloat16 products, else tf32 ones of fp32 weights.
+        adjoint: of the backward solve.
+        steps: None: `STEPS`.
+
+    Raises:
+        ValueError: for an unknown block, or sizes below 1.
+    """
+    if block not in PRODUCTS:
+        raise ValueError(f"block: got {block!r}, expected one of {', '.join(PRODUCTS)}")
+    for name, value in (("rows", rows), ("modalities", modalities)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    layout = Layout(dim, groups)
+    width, together = layout.width, config.schedule == "cooperative"
+    share = groups if together else 1
+    count = modalities if block == "modality" else 1
+    programs = math.ceil(rows / config.rows) * count * share
+    waves = math.ceil(programs / device.multiprocessors)
+    size = 2 if low else 4
+    weights = PRODUCTS[block] * width * width * size
+    rest = (PRODUCTS[block] + 4 * memory + 6) * config.rows * width * 4
+    moved = (weights + rest) / share
+    operations = PRODUCTS[block] * 2 * config.rows * width * width / share
+    rate = (device.bf16 if low else device.tf32) / device.multiprocessors
+    # A matrix instruction of 64 rows takes the same time for fewer.
+    rate *= min(1.0, config.rows / 64)
+    parts = {"L2": waves * moved / device.l2, "matrix": waves * operations / rate}
+    if weights * count > device.cache:
+        parts["memory"] = waves * weights * count / device.memory
+    waiting = PHASES["adjoint" if adjoint else "forward"] * LATENCY
+    waiting += 3 * device.barrier if together else 0.0
+    step = max(parts.values()) + waiting
+    limiter = max(parts, key=lambda name: parts[name])
+    if waiting > parts[limiter]:
+        limiter = "latency"
+    taken = STEPS[block] if steps is None else steps
+    solve = device.launch + taken * step
+    return Prediction(
+        block, config.schedule, programs, waves, moved, operations, step, solve, limiter
+    )
+
+
+def table(rows: int, dim: int, modalities: int, target: str, **options: bool | int) -> str:
+    """Predictions of both solves in every schedule for a target of `DEVICES`, as text.
+
+    Raises:
+        ValueError: for an unknown target, and as `predict` does.
+    """
+    if target not in DEVICES:
+        raise ValueError(f"target: got {target!r}, expected one of {', '.join(DEVICES)}")
+    device = DEVICES[target]
+    lines = [
+        f"{target}: {rows} rows, width {dim}, {modalities} modalities (predicted, not measured)",
+        f"{'block':<10}{'schedule':<13}{'programs':>9}{'waves':>7}{'KB/step':>9}{'us/step':>9}"
+        f"{'us/solve':>10}  limiter",
+    ]
+    for schedule in SCHEDULES:
+        for block in PRODUCTS:
+            config = shipped(schedule, adjoint=False, capability=device.capability)
+            p = predict(block, rows, dim, modalities, device, config, **options)  # type: ignore[arg-type]
+            if schedule == "cooperative" and p.waves > 1:
+                lines.append(
+                    f"{block:<10}{schedule:<13}{p.programs:>9}  more than can be resident: runs "
+                    "in schedule row"
+                )
+                continue
+            lines.append(
+                f"{block:<10}{schedule:<13}{p.programs:>9}{p.waves:>7}{p.bytes / 1e3:>9.0f}"
+                f"{1e6 * p.step:>9.1f}{1e6 * p.solve:>10.0f}  {p.limiter}"
+            )
+    lines.append(f"constants: {device.source}")
+    return "\n".join(lines)
