@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from deqfusion import Anderson, DEQFusion, Implicit
-from deqfusion.kernels.config import SCHEDULES, shipped
-from deqfusion.kernels.launch import capability, using
+from deqfusion.kernels.config import SCHEDULES
+from deqfusion.kernels.launch import using
 
 from . import contenders, environment, timing
 from .contenders import Contender
@@ -77,10 +77,8 @@ class Entry:
     def run(self, mode: str) -> Any:
         """Runs "forward" or "forward_backward" to the end of the device's work."""
         device = self.contender.problem.features.device
-        config = None
-        if self.schedule is not None:
-            config = shipped(self.schedule, adjoint=False, capability=capability(device))
-        with backend(self.name, self.precision), using(config) if config else nullcontext():
+        schedule = using(self.schedule) if self.schedule else nullcontext()
+        with backend(self.name, self.precision), schedule:
             answer = getattr(self.contender, mode)()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -251,7 +252,10 @@ def _register() -> None:
 def _checked(reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         # The first argument of every operator is a tensor. Autocast would reach into the solve.
-        with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+        device = args[0].device
+        # Triton launches on the current device, which need not be that of the tensors.
+        there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), there:
             return reference(*args)
 
     return run

@@ -5,6 +5,7 @@ the same. What the programs do not have is refused by name, never run elsewhere.
 products follows the features and `torch.get_float32_matmul_precision()`:
 
     float32    "highest": tf32x3 (ieee on AMD)    "high": tf32    "medium": bfloat16
+    (ieee where there are no such products: NVIDIA before sm_80, AMD but gfx942)
     bfloat16, float16: tf32, computed in float32 like everywhere
 
 Statistics, history and states are float32 throughout. With `ladder="auto"`, from width 256 on, the
@@ -48,17 +49,19 @@ def available(device: torch.device) -> None:
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:
     """The precision of products for features of a dtype, see the head of this file."""
-    amd = torch.version.hip is not None
     wanted = "high"
     if dtype == torch.float32:
         wanted = torch.get_float32_matmul_precision()
-    if wanted == "medium":
-        return "low"
-    if device.type == "cpu" or (not amd and torch.cuda.get_device_capability(device)[0] < 8):
+    if device.type == "cpu":
+        return "low" if wanted == "medium" else "ieee"
+    if torch.version.hip is not None:
+        # Of AMD's, Triton has tf32 products for one.
+        arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        best = "tf32" if arch == "gfx942" else "ieee"
+        return {"medium": "low", "high": best, "highest": "ieee"}[wanted]
+    if torch.cuda.get_device_capability(device)[0] < 8:
         return "ieee"
-    if wanted == "high":
-        return "tf32"
-    return "ieee" if amd else "tf32x3"
+    return {"medium": "low", "high": "tf32", "highest": "tf32x3"}[wanted]
 
 
 def _options(o: SolverOptions, x: Tensor) -> Any:
@@ -77,7 +80,7 @@ def _options(o: SolverOptions, x: Tensor) -> Any:
     plain = o.method in ("picard", "truncated")
     return SolveOptions(
         rtol=o.rtol, atol=o.atol, max_steps=o.max_steps, memory=0 if plain else o.memory,
-        ridge=DEFAULT_RIDGE[torch.float32] if o.ridge is None else o.ridge,
+        ridge=DEFAULT_RIDGE[torch.float32] if o.ridge is None else float(o.ridge),
         relative=o.relative_ridge, mixing=o.mixing, precision=precision(x.dtype, x.device),
         ladder=o.ladder and x.shape[-1] >= LADDER_WIDTH, truncated=o.method == "truncated",
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """GPU programs of the equilibrium solves and their adjoints; installed as ``deqfusion.kernels``.
 
     layout            channels padded group by group, weights packed
-    packing           packed parameters, kept while they do not change
+    packing           packed parameters
     config            schedule, tiles and options of a program
     primitives        device functions: products, GroupNorm and its VJP
     anderson          device functions: Gram row, small solve

@@ -11,7 +11,7 @@ r"""The fusion equilibrium in one launch (schedules *row* and *cooperative*).
 Scratch (packed, width W = G P, R' = R rounded up to BM), fp32: packed modalities and constants (N,
 R', W); x_f, z, u, best_f, best_g (R', W); history f, g (M, R', W); gram (1 or G, R', M, M). Weights
 (W, W), transposed; vectors (4, W): b_g, b_f, weight and bias of GN. Unpacked: modalities (N, R, d),
-x_f, init, out (R, d) and F (R, d) in the dtype of the features; gate mask M (N, R, 1 or d) fp32;
+x_f, init, out (R, d) and F (R, d) in the dtype of the features; gate mask M (N, R, 1 or d);
 status, steps int32, residual fp32 (R); trace (R, max_steps, 2) fp32.
 Source: arXiv 2306.16645, equations 6 and 7.
 """
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .primitives import affine, ladder_product, load_true, product, relu, standardise, store_true
-from .schedule import leave, meet, own_groups
+from .schedule import meet, own_groups
 from .solver import exchange, finish, fresh, no_sums, record
 
 
@@ -51,7 +51,7 @@ def gate(
     factor = tl.full(a.shape, 1.0, dtype=tl.float32)
     if GATE_MASK == 1:
         at = gate_mask + i * rows.to(tl.int64) + begin + local
-        factor = factor * tl.load(at, mask=live, other=0.0)[:, None]
+        factor = factor * tl.load(at, mask=live, other=0.0).to(tl.float32)[:, None]
     elif GATE_MASK > 1:
         plane = gate_mask + i * rows.to(tl.int64) * DIM
         factor = load_true(plane, begin, local, live, group, column, DIM, DG)
@@ -122,7 +122,7 @@ def fusion_solve_kernel(
     packed, constants, x_rows = packed + begin * W, constants + begin * W, x_rows + begin * W
     f, g = f + begin * W, g + begin * W
     gram = gram + (first_group * padded_rows.to(tl.int64) + begin) * (M * M)
-    partials, counter = partials + block * (20 * G * BM), counters + block * 2
+    partials, counter = partials + block * (20 * G * BM), counters + block
     if TOLERANCE:
         rtol = tl.load(tolerance).to(tl.float32)
     for group in range(first_group, last_group):
@@ -153,12 +153,13 @@ def fusion_solve_kernel(
     if LADDER != "":
         exact = tl.where(max_steps > 1, 0, 1)
     step = 0
+    taken = 0
     going = tl.max(alive.to(tl.int32), 0)
     while going > 0:
         # From z = 0 there is no product: u is 0 whatever the gates are.
-        depth = tl.where(step == 0, 0, W)
+        depth = tl.where(taken == 0, 0, W)
         if INIT:
-            depth = W + 0 * step
+            depth = W + 0 * taken
         tl.debug_barrier()
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
@@ -189,7 +190,7 @@ def fusion_solve_kernel(
         g2, f2, dots = exchange(
             partials, counter, meeting + 2, step, first_group, g2, f2, dots, G, M, BM, COOPERATIVE
         )
-        alive, running, best, improved_at, restarts, first, done, exact = finish(
+        alive, running, best, improved_at, restarts, first, done, exact, step = finish(
             z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2, dots,
             step, max_steps, alive, running, best, improved_at, restarts, first, done, exact, rtol,
             atol, ridge, mixing, first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE,
@@ -198,8 +199,8 @@ def fusion_solve_kernel(
         meeting += 3
         meet(counter, meeting, G, COOPERATIVE)
         step += 1
+        taken += 1
         going = tl.max(alive.to(tl.int32), 0)
     for group in range(first_group, last_group):
         tile = local[:, None] * W + (group * P + column)[None, :]
         store_true(out, tl.load(best_f + tile), begin, local, live, group, column, DIM, DG)
-    leave(counter, G, COOPERATIVE)

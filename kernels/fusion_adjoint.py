@@ -11,7 +11,7 @@ factors F r, u = s z* of dW_f, y t, z* of dW_g and dc_i, z_i of dW_m, and the su
 sum_i dc_i, F r, lambda xhat, lambda (behind the ReLU).
 
 Scratch (packed, W = G P, R' = R rounded up to BM), fp32: unit gradient, z, gate W_g z*, s, t, y s,
-xhat, open (behind the ReLU, times F), best_f, best_g (R', W); rstd (R', G); scale (R'); constants
+xhat, open (behind the ReLU), best_f, best_g (R', W); rstd (R', G); scale (R'); constants
 (N, R', W); left, right (2 + N, R', W) the factors in the order above; history, gram, partials and
 counters as in `kernels.fusion`; sums (ceil(R / BM), 4, 1, W). Weights forward and, for products
 with W itself, backward. Unpacked: gradient, state, x_f, dx (R, d); modalities, dm (N, R, d).
@@ -25,7 +25,7 @@ import triton.language as tl
 
 from .fusion import constant, gate, injected, injection_tile, normalised
 from .primitives import affine, ladder_product, load_true, product, standardise_vjp, store_true
-from .schedule import gather, leave, meet, own_groups, share
+from .schedule import gather, meet, own_groups, share
 from .solver import NON_FINITE, exchange, finish, fresh, no_sums, record
 
 
@@ -77,7 +77,7 @@ def fusion_adjoint_kernel(
     best_f, best_g, rstd = best_f + begin * W, best_g + begin * W, rstd + begin * G
     constants, f, g = constants + begin * W, f + begin * W, g + begin * W
     gram = gram + (first_group * padded_rows.to(tl.int64) + begin) * (M * M)
-    partials, counter = partials + block * (20 * G * BM), counters + block * 2
+    partials, counter = partials + block * (20 * G * BM), counters + block
     r_rows, u_rows = left + begin * W, right + begin * W
     yt_rows, z_rows = r_rows + history, u_rows + history
     dc_rows, m_rows = yt_rows + history, z_rows + history
@@ -182,9 +182,10 @@ def fusion_adjoint_kernel(
     if LADDER != "":
         exact = tl.where(max_steps > 1, 0, 1)
     step = 0
+    taken = 0
     going = tl.max(alive.to(tl.int32), 0)
     while going > 0:
-        depth = tl.where(step == 0, 0, W)
+        depth = tl.where(taken == 0, 0, W)
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
             _, _, r = back(
@@ -216,7 +217,7 @@ def fusion_adjoint_kernel(
         g2, f2, dots = exchange(
             partials, counter, meeting + 3, step, first_group, g2, f2, dots, G, M, BM, COOPERATIVE
         )
-        alive, running, best, improved_at, restarts, first, done, exact = finish(
+        alive, running, best, improved_at, restarts, first, done, exact, step = finish(
             z, best_f, best_g, f, g, history, gram, status, steps, residual, residual, g2, f2,
             dots, step, max_steps, alive, running, best, improved_at, restarts, first, done, exact,
             rtol, atol, ridge, mixing, first_group, last_group, W, P, M, BM, RELATIVE, LADDER,
@@ -225,6 +226,7 @@ def fusion_adjoint_kernel(
         tl.debug_barrier()
         meeting += 3
         step += 1
+        taken += 1
         going = tl.max(alive.to(tl.int32), 0)
 
     # The final VJP, with lambda in place of its unit.
@@ -269,4 +271,3 @@ def fusion_adjoint_kernel(
             value = product(dc_rows + i * history, bm + group * P, W, W, BM, P, BK, PRECISION)
             plane = dm + i * rows.to(tl.int64) * DIM
             store_true(plane, value, begin, local, live, group, column, DIM, DG)
-    leave(counter, G, COOPERATIVE)

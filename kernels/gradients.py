@@ -53,16 +53,15 @@ def weight_tile(
     true = (outward % P < DG)[:, None] & (inward % P < DG)[None, :]
     acc = acc.to(a.dtype.element_ty)
     if output < SPLIT:
-        where = output.to(tl.int64) * (DIM * DIM) + out_row[:, None] * DIM + out_column[None, :]
-        tl.store(a + where, acc, mask=true)
+        first = a + output.to(tl.int64) * (DIM * DIM)
+        tl.store(first + (out_row[:, None] * DIM + out_column[None, :]), acc, mask=true)
     elif FUSION:
         wide: tl.constexpr = DIM if SHARED else 2 * DIM
-        where = (output - SPLIT) * DIM + out_row[:, None] * wide + out_column[None, :]
-        tl.store(b + where, acc, mask=true)
+        half = b + (output - SPLIT) * DIM
+        tl.store(half + (out_row[:, None] * wide + out_column[None, :]), acc, mask=true)
     else:
-        where = (output - SPLIT).to(tl.int64) * (DIM * DIM)
-        where += out_row[:, None] * DIM + out_column[None, :]
-        tl.store(b + where, acc, mask=true)
+        second = b + (output - SPLIT).to(tl.int64) * (DIM * DIM)
+        tl.store(second + (out_row[:, None] * DIM + out_column[None, :]), acc, mask=true)
 
 
 @triton.jit

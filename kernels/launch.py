@@ -9,7 +9,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,24 +17,28 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .config import MAX_PADDED, Config, SolveOptions, default_config
+from .config import MAX_PADDED, Config, SolveOptions, default_config, shipped
 from .layout import Layout
 from .primitives import interpreted
 
 T = TypeVar("T")
 
-_counters: dict[tuple[int, int], Tensor] = {}
-_asked: ContextVar[Config | None] = ContextVar("config", default=None)
+_asked: Config | str | None = None
+_held: dict[tuple[Any, ...], int] = {}
 
 
 @contextmanager
-def using(config: Config) -> Iterator[None]:
-    """Solves inside run with this config, where none is passed, instead of the default."""
-    token = _asked.set(config)
+def using(config: Config | str) -> Iterator[None]:
+    """Solves and adjoints run with this config, or with a schedule's, where none is passed.
+
+    For the whole process, as the backward pass runs in a thread of its own on a GPU.
+    """
+    global _asked
+    before, _asked = _asked, config
     try:
         yield
     finally:
-        _asked.reset(token)
+        _asked = before
 
 
 def product_precision(precision: str) -> str:
@@ -92,7 +95,10 @@ class Plan:
                 f"group, schedules row and cooperative have at most {MAX_PADDED}; "
                 "DEQFUSION_BACKEND=reference has no limit"
             )
-        config = config or _asked.get()
+        asked = config or _asked
+        if isinstance(asked, str):
+            asked = shipped(asked, adjoint=adjoint, capability=capability(device))
+        config = asked
         if config is None:
             config = default_config(
                 rows, layout.groups, blocks, processors(device), adjoint=adjoint,
@@ -134,24 +140,13 @@ class Plan:
         f, g = (self.rows_of(max(slots, 1), self.blocks) for _ in range(2))
         gram = self.empty(self.groups, self.blocks, self.size, slots, slots)
         if self.cooperative:
-            # Two halves of ten sums per group and row.
+            # Two halves of ten sums per group and row, and a counter per row block.
             partials = self.empty(20 * self.layout.groups * self.blocks * self.size)
-            return f, g, gram, partials, self._meeting_counters()
+            counters = torch.zeros(
+                self.blocks * self.programs, dtype=torch.int32, device=self.device
+            )
+            return f, g, gram, partials, counters
         return f, g, gram, gram, gram
-
-    def _meeting_counters(self) -> Tensor:
-        """Zeros, two per row block and block; kernels leave them so, so that they are kept."""
-        count = 2 * self.blocks * self.programs
-        if self.device.type != "cuda":
-            return torch.zeros(count, dtype=torch.int32)
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(count, dtype=torch.int32, device=self.device)
-        key = (self.device.index or 0, torch.cuda.current_stream(self.device).cuda_stream)
-        kept = _counters.get(key)
-        if kept is None or kept.numel() < count:
-            kept = torch.zeros(max(count, 1024), dtype=torch.int32, device=self.device)
-            _counters[key] = kept
-        return kept
 
     def numbers(self) -> tuple[float | int, ...]:
         """rows, padded rows, max_steps, rtol, atol, ridge, mixing."""
@@ -205,6 +200,9 @@ def resident(
     device: torch.device,
 ) -> int:  # fmt: skip
     """Programs that the device can hold at once, by registers, shared memory and threads."""
+    key = (kernel.__name__, tuple(sorted(constants.items())), config, device.index)
+    if key in _held:
+        return _held[key]
     compiled = kernel.warmup(
         *arguments, grid=(1,), **constants, num_warps=config.warps, num_stages=config.stages
     )
@@ -216,8 +214,10 @@ def resident(
         getattr(properties, "regs_per_multiprocessor", 65536) // max(registers, 1),
         properties.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024),
         properties.max_threads_per_multi_processor // threads,
+        16,
     )
-    return each * properties.multi_processor_count
+    _held[key] = each * properties.multi_processor_count
+    return _held[key]
 
 
 def launch(

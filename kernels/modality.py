@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .primitives import affine, ladder_product, load_true, relu, standardise, store_true
-from .schedule import leave, meet, own_groups
+from .schedule import meet, own_groups
 from .solver import exchange, finish, fresh, no_sums, record
 
 
@@ -95,7 +95,7 @@ def modality_solve_kernel(
     packed, f, g = packed + own * W, f + own * W, g + own * W
     gram = gram + (first_group * count * padded_rows + own) * (M * M)
     place = k * tl.num_programs(0) + block
-    partials, counter = partials + place * (20 * G * BM), counters + place * 2
+    partials, counter = partials + place * (20 * G * BM), counters + place
     w1, w2, low1, low2 = w1 + k * W * W, w2 + k * W * W, low1 + k * W * W, low2 + k * W * W
     vectors = vectors + k * 8 * W
     if TOLERANCE:
@@ -128,12 +128,13 @@ def modality_solve_kernel(
     if LADDER != "":
         exact = tl.where(max_steps > 1, 0, 1)
     step = 0
+    taken = 0
     going = tl.max(alive.to(tl.int32), 0)
     while going > 0:
         # From z = 0 the first product is none.
-        depth = tl.where(step == 0, 0, W)
+        depth = tl.where(taken == 0, 0, W)
         if INIT:
-            depth = W + 0 * step
+            depth = W + 0 * taken
         for group in range(first_group, last_group):
             value, _, _ = hidden(
                 z, w1, low1, vectors, group, depth, exact, W, DG, P, BM, BK, PRECISION, LADDER
@@ -152,7 +153,7 @@ def modality_solve_kernel(
         g2, f2, dots = exchange(
             partials, counter, meeting + 2, step, first_group, g2, f2, dots, G, M, BM, COOPERATIVE
         )
-        alive, running, best, improved_at, restarts, first, done, exact = finish(
+        alive, running, best, improved_at, restarts, first, done, exact, step = finish(
             z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2, dots,
             step, max_steps, alive, running, best, improved_at, restarts, first, done, exact, rtol,
             atol, ridge, mixing, first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE,
@@ -161,8 +162,8 @@ def modality_solve_kernel(
         meeting += 3
         meet(counter, meeting, G, COOPERATIVE)
         step += 1
+        taken += 1
         going = tl.max(alive.to(tl.int32), 0)
     for group in range(first_group, last_group):
         tile = local[:, None] * W + (group * P + column)[None, :]
         store_true(out, tl.load(best_f + tile), begin, local, live, group, column, DIM, DG)
-    leave(counter, G, COOPERATIVE)

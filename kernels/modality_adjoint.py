@@ -25,7 +25,7 @@ import triton.language as tl
 
 from .modality import evaluated, hidden
 from .primitives import affine, ladder_product, load_true, product, standardise_vjp, store_true
-from .schedule import gather, leave, meet, own_groups, share
+from .schedule import gather, meet, own_groups, share
 from .solver import NON_FINITE, exchange, finish, fresh, no_sums, record
 
 
@@ -108,7 +108,7 @@ def modality_adjoint_kernel(
     z_rows, h_rows = right + own * W, right + (history + own * W)
     gram = gram + (first_group * count * padded_rows + own) * (M * M)
     place = k * tl.num_programs(0) + block
-    partials, counter = partials + place * (20 * G * BM), counters + place * 2
+    partials, counter = partials + place * (20 * G * BM), counters + place
     w1, w2, b1, b2 = w1 + k * W * W, w2 + k * W * W, b1 + k * W * W, b2 + k * W * W
     lowb1, lowb2 = lowb1 + k * W * W, lowb2 + k * W * W
     vectors = vectors + k * 8 * W
@@ -191,9 +191,10 @@ def modality_adjoint_kernel(
     if LADDER != "":
         exact = tl.where(max_steps > 1, 0, 1)
     step = 0
+    taken = 0
     going = tl.max(alive.to(tl.int32), 0)
     while going > 0:
-        depth = tl.where(step == 0, 0, W)
+        depth = tl.where(taken == 0, 0, W)
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
             p_tile, q = outer(
@@ -227,7 +228,7 @@ def modality_adjoint_kernel(
         g2, f2, dots = exchange(
             partials, counter, meeting + 3, step, first_group, g2, f2, dots, G, M, BM, COOPERATIVE
         )
-        alive, running, best, improved_at, restarts, first, done, exact = finish(
+        alive, running, best, improved_at, restarts, first, done, exact, step = finish(
             z, best_f, best_g, f, g, history, gram, status, steps, residual, residual, g2, f2,
             dots, step, max_steps, alive, running, best, improved_at, restarts, first, done, exact,
             rtol, atol, ridge, mixing, first_group, last_group, W, P, M, BM, RELATIVE, LADDER,
@@ -236,6 +237,7 @@ def modality_adjoint_kernel(
         tl.debug_barrier()
         meeting += 3
         step += 1
+        taken += 1
         going = tl.max(alive.to(tl.int32), 0)
 
     # The final VJP, with lambda in place of its unit.
@@ -266,4 +268,3 @@ def modality_adjoint_kernel(
         tl.store(row, tl.sum(s, 0))
         tl.store(row + count * W, tl.sum(r * xhat1, 0))
         tl.store(row + 2 * count * W, tl.sum(r, 0))
-    leave(counter, G, COOPERATIVE)

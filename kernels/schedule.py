@@ -6,8 +6,7 @@ r"""How the groups of a row block share a launch: schedules *row* and *cooperati
 Both run the same kernels. A cooperative program owns group `tl.program_id(2)`; what another group's
 program wrote may be read after a meeting. A meeting is a counter per row block that only grows:
 every program adds 1 (release) and waits until all G have (acquire). All programs of a meeting must
-be resident at once, so the launch is cooperative and no larger than the device (`launch.py`). The
-last program to leave sets the counter back to 0 for the next launch.
+be resident at once, so the launch is cooperative and no larger than the device (`launch.py`).
 
 Sums over channels go through `exchange`: partial sums of every group in global memory, added in the
 order of the groups by every program, so that all G take the same decisions, bit by bit those of
@@ -43,17 +42,6 @@ def meet(counter, meeting, G: tl.constexpr, COOPERATIVE: tl.constexpr):
         while seen < meeting * G:
             seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
         tl.debug_barrier()
-
-
-@triton.jit
-def leave(counter, G: tl.constexpr, COOPERATIVE: tl.constexpr):
-    """Says goodbye; the last of a row block's programs clears its two counters."""
-    if COOPERATIVE:
-        tl.debug_barrier()
-        gone = tl.atomic_add(counter + 1, 1, sem="acq_rel", scope="gpu")
-        if gone == G - 1:
-            tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
-            tl.atomic_xchg(counter + 1, 0, sem="release", scope="gpu")
 
 
 @triton.jit

@@ -195,7 +195,8 @@ def finish(
     Pointers are those of the program's first row; status, steps, residual, trace are written by the
     program of group 0. Rows: alive (not ended), running (alive and not waiting), best residual and
     the step it fell in, restarts, first step that counts, done (evaluations so far), all [BM];
-    exact: whether the products are, a scalar. Returns all eight as the next step finds them.
+    exact: whether the products are, a scalar. Returns all eight, and the step, as the next one
+    finds them but for its number.
     """
     local = tl.arange(0, BM)
     done += running.to(tl.int32)
@@ -257,10 +258,12 @@ def finish(
         exact = tl.max(tl.where(switch, 1, local * 0 + exact), 0)
         running = tl.where(switch, alive, running)
         best = tl.where(switch, float("inf"), best)
-        improved_at = tl.where(switch, step + 1, improved_at)
+        improved_at = tl.where(switch, 0, improved_at)
         restarts = tl.where(switch, 0, restarts)
-        first = tl.where(switch, step + 1, first)
-    return alive, running, best, improved_at, restarts, first, done, exact
+        first = tl.where(switch, 0, first)
+        # Steps count anew, so that the slots of the history do not tell when others were ready.
+        step = tl.min(tl.where(switch, -1, local * 0 + step), 0)
+    return alive, running, best, improved_at, restarts, first, done, exact, step
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from .config import GRADIENT_TILES, GRADIENTS, Config, SolveOptions
 from .fusion import fusion_solve_kernel
 from .fusion_adjoint import fusion_adjoint_kernel
 from .gradients import parameter_gradients_kernel
-from .launch import Plan, launch, solved
+from .launch import Plan, capability, launch, solved
 from .layout import Layout
 from .modality import modality_solve_kernel
 from .modality_adjoint import modality_adjoint_kernel
@@ -345,6 +345,13 @@ def _fusion_parameters(
     return [w.unsqueeze(0) for w in weights], [v.unsqueeze(0) for v in vectors]
 
 
+def _of_gradients(plan: Plan) -> str:
+    """Precision of the parameters' gradients: as asked for, but never less than tf32."""
+    if plan.options.precision != "low":
+        return plan.options.precision
+    return "tf32" if capability(plan.device) >= 80 else "ieee"
+
+
 def _parameter_gradients(
     plan: Plan, left: Tensor, right: Tensor, sums: Tensor, a: Tensor, b: Tensor,
     vectors: Sequence[Tensor], split: int, fusion: bool, shared: bool,
@@ -360,7 +367,6 @@ def _parameter_gradients(
     outputs = (2 if shared else 3) if fusion else 2 * split
     columns = sums[0].numel()
     programs = outputs * (layout.width // tiles["BO"]) * (layout.width // tiles["BI"])
-    precision = plan.options.precision
     launch(
         parameter_gradients_kernel, (programs + columns // tiles["BV"],),
         (
@@ -370,7 +376,7 @@ def _parameter_gradients(
         {
             "JOBS": left.shape[0], "SPLIT": split, "SHARED": shared, "FUSION": fusion,
             "OUTPUTS": outputs, "V": len(vectors), "DIM": layout.dim, "G": layout.groups,
-            "P": layout.padded, **tiles, "PRECISION": "tf32" if precision == "low" else precision,
+            "P": layout.padded, **tiles, "PRECISION": _of_gradients(plan),
         },
         GRADIENTS, f"{plan.blocks} x {plan.rows} rows of {layout.dim}",
     )  # fmt: skip

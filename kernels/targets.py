@@ -53,8 +53,12 @@ _TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|v_mfma\w*)")
 _TYPES = {
     **dict.fromkeys(("status", "steps", "solved", "counters"), "*i32"),
     "present": "*i8",
-    **dict.fromkeys(("low1", "low2", "lowg", "lowf", "lowb1", "lowb2", "lowbg", "lowbf"), "*bf16"),
-    **dict.fromkeys(("rows", "padded_rows", "max_steps", "blocks", "columns"), "i32"),
+    **dict.fromkeys(
+        ("low", "low1", "low2", "lowg", "lowf", "lowb1", "lowb2", "lowbg", "lowbf"), "*bf16"
+    ),
+    **dict.fromkeys(
+        ("rows", "padded_rows", "max_steps", "blocks", "columns", "s0", "s1", "s2"), "i32"
+    ),
     **dict.fromkeys(("rtol", "atol", "ridge", "mixing"), "fp32"),
 }
 """Triton's names of the types of the arguments that are not fp32 pointers."""
@@ -87,6 +91,7 @@ class Report:
     stack: int
     shared: int
     products: dict[str, int]
+    multiplies: bool = True
 
     def faults(self) -> list[str]:
         """Why the program must not be shipped; empty if it may."""
@@ -98,7 +103,7 @@ class Report:
         limit = TARGETS[self.target].shared
         if self.shared > limit:
             found.append(f"needs {self.shared} bytes of shared memory, the device has {limit}")
-        if not self.products:
+        if not self.products and self.multiplies:
             found.append("multiplies without tensor cores")
         return found
 
@@ -117,6 +122,7 @@ def kernels() -> dict[str, Any]:
     from .gradients import parameter_gradients_kernel
     from .modality import modality_solve_kernel
     from .modality_adjoint import modality_adjoint_kernel
+    from .packing import pack_kernel
 
     return {
         "modality": modality_solve_kernel,
@@ -124,6 +130,7 @@ def kernels() -> dict[str, Any]:
         "modality adjoint": modality_adjoint_kernel,
         "fusion adjoint": fusion_adjoint_kernel,
         "parameter gradients": parameter_gradients_kernel,
+        "pack": pack_kernel,
     }
 
 
@@ -158,26 +165,30 @@ def programs(target: str) -> list[Program]:
                 }  # fmt: skip
                 name = f"{kernel} {schedule} d={dim}"
                 found.append(Program(name, kernel, {**solve, **tiles, **constants}, config))
-        found.append(
-            Program(
-                f"parameter gradients d={dim}",
-                "parameter gradients",
-                {
-                    **GRADIENT_TILES,
-                    "JOBS": 6,
-                    "SPLIT": 3,
-                    "SHARED": False,
-                    "FUSION": False,
-                    "OUTPUTS": 6,
-                    "V": 8,
-                    "DIM": dim,
-                    "G": layout.groups,
-                    "P": layout.padded,
-                    "PRECISION": precision,
-                },
-                GRADIENTS,
+        packs = {
+            "J": 2, "V": 8, "DIM": dim, "G": layout.groups, "P": layout.padded, "BT": 32,
+            "BACKWARD": True, "LOW": True,
+        }  # fmt: skip
+        found.append(Program(f"pack d={dim}", "pack", packs, Config(warps=4)))
+        gradients = {
+            **GRADIENT_TILES, "DIM": dim, "G": layout.groups, "P": layout.padded,
+            "PRECISION": precision,
+        }  # fmt: skip
+        for name, jobs in (
+            ("", {"JOBS": 6, "SPLIT": 3, "SHARED": False, "FUSION": False, "OUTPUTS": 6, "V": 8}),
+            (
+                "fusion ",
+                {"JOBS": 5, "SPLIT": 1, "SHARED": True, "FUSION": True, "OUTPUTS": 2, "V": 4},
+            ),
+        ):
+            found.append(
+                Program(
+                    f"{name}parameter gradients d={dim}",
+                    "parameter gradients",
+                    {**gradients, **jobs},
+                    GRADIENTS,
+                )
             )
-        )
     return found
 
 
@@ -226,7 +237,10 @@ def compiled(program: Program, target: str) -> Report:
     products: dict[str, int] = {}
     for name in _TENSOR_CORES.findall(code):
         products[name] = products.get(name, 0) + 1
-    return Report(program.name, target, registers, stack, binary.metadata.shared, products)
+    return Report(
+        program.name, target, registers, stack, binary.metadata.shared, products,
+        program.kernel != "pack",
+    )  # fmt: skip
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deqfusion import Anderson, DEQFusion, Implicit, Status
-from deqfusion.kernels.config import SCHEDULES, Config, shipped
+from deqfusion.kernels.config import SCHEDULES
 from deqfusion.kernels.launch import using
 
 pytestmark = pytest.mark.skipif(
@@ -51,19 +51,19 @@ def compare(model, rows, monkeypatch, tolerance=1e-3):
     ids=str,
 )  # fmt: skip
 def test_schedules_and_options(schedule, options, monkeypatch):
-    with using(shipped(schedule, adjoint=False, capability=90)):
+    with using(schedule):
         compare(layer(**options), 50, monkeypatch)
 
 
 @pytest.mark.parametrize("dim", [500, 512, 768])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_widths(schedule, dim, monkeypatch):
-    with using(shipped(schedule, adjoint=False, capability=90)):
+    with using(schedule):
         compare(layer(dim, solver=Anderson(tol=1e-4)), 64, monkeypatch, 5e-3)
 
 
 def test_too_many_programs_for_the_device_run_in_schedule_row(monkeypatch):
-    with using(Config("cooperative")):
+    with using("cooperative"):
         compare(layer(64), 20000, monkeypatch)
 
 
@@ -91,7 +91,7 @@ def test_cuda_graph(schedule):
     """A replay reads the features and the parameters as they are then."""
     model = layer()
     features = torch.randn(2, 64, 128, device="cuda")
-    with torch.no_grad(), using(shipped(schedule, adjoint=False, capability=90)):
+    with torch.no_grad(), using(schedule):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -105,6 +105,17 @@ def test_cuda_graph(schedule):
         model.modality_weight1.mul_(0.9)
         graph.replay()
         torch.testing.assert_close(out, model(features))
+
+
+def test_a_fused_optimizer_is_seen():
+    """It changes parameters without raising their version."""
+    model = layer()
+    features = torch.randn(2, 33, 128, device="cuda")
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    before = model(features)
+    before.sum().backward()
+    optimizer.step()
+    assert not torch.equal(model(features), before)
 
 
 def test_compile_fullgraph():
@@ -135,5 +146,5 @@ def test_offsets_beyond_31_bits():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_sanitizer(schedule, monkeypatch):
     """Small, for compute-sanitizer, and right without it."""
-    with using(shipped(schedule, adjoint=False, capability=90)):
+    with using(schedule):
         compare(layer(20, 2, num_groups=2), 18, monkeypatch)

@@ -35,3 +35,25 @@ def test_weights_multiply_as_they_did(dim, groups):
 def test_groups_that_do_not_divide():
     with pytest.raises(ValueError, match="groups: got 3 for dim 20, expected a divisor"):
         Layout(20, 3)
+
+
+@pytest.mark.parametrize(("dim", "groups"), [(4, 1), (20, 4), (48, 3)])
+@pytest.mark.parametrize("backward", [False, True])
+def test_packing_in_one_launch(dim, groups, backward):
+    """The kernel's tensors are the layout's, also of a weight that is half of a wider one."""
+    from deqfusion.kernels.packing import packed
+
+    layout = Layout(dim, groups)
+    wide = torch.randn(1, dim, 2 * dim)
+    weights = [wide[..., :dim], torch.randn(1, dim, dim), wide[..., dim:]]
+    vectors = [torch.randn(1, dim) for _ in range(4)]
+    got = packed(weights, vectors, layout, backward, True)
+    forward = layout.pack_weight(torch.stack(weights))
+    assert torch.equal(got.forward, forward)
+    iterated = forward.transpose(-1, -2) if backward else forward
+    assert got.backward.numel() == (forward.numel() if backward else 0)
+    if backward:
+        assert torch.equal(got.backward, iterated)
+    # To the nearest on a device; the interpreter cuts off, which is one unit more.
+    torch.testing.assert_close(got.low.float(), iterated, rtol=2**-7, atol=0.0)
+    assert torch.equal(got.vectors, layout.pack(torch.stack(vectors, 1)))

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deqfusion import Anderson, Broyden, DEQFusion, Implicit, OneStep, Phantom, Picard, ops
 from deqfusion.compat import export_official, load_official
-from deqfusion.kernels import interpreted, launch, packing
+from deqfusion.kernels import interpreted, launch
 from deqfusion.testing import golden_files, load_golden
 
 pytestmark = pytest.mark.skipif(
@@ -142,39 +142,37 @@ def test_fullgraph_compile_and_export():
 
 @pytest.mark.usefixtures("triton_backend")
 def test_launches(monkeypatch):
-    """One launch per solve, two per adjoint; weights are packed once per version."""
-    launched, packs = [], []
-    real, pack = launch.launch, packing.pack
+    """A solve is two launches, an adjoint three, the first of each packing the parameters."""
+    launched = []
+    real = launch.launch
 
     def counted(kernel, *arguments, **options):
         launched.append(kernel.__name__)
         return real(kernel, *arguments, **options)
 
-    def packed(*arguments):
-        packs.append(arguments)
-        return pack(*arguments)
-
-    monkeypatch.setattr("deqfusion.kernels.launch.launch", counted)
-    monkeypatch.setattr("deqfusion.kernels.solves.launch", counted)
-    monkeypatch.setattr(packing, "pack", packed)
-    packing.clear()
+    for module in ("launch", "packing", "solves"):
+        monkeypatch.setattr(f"deqfusion.kernels.{module}.launch", counted)
     model, features = layer(), [torch.randn(2, 8)]
-    with torch.no_grad():
-        model(features)
-    assert launched == ["modality_solve_kernel", "fusion_solve_kernel"]
-    assert len(packs) == 2
-    model(features).sum().backward()
-    assert launched[4:] == [
-        "fusion_adjoint_kernel", "parameter_gradients_kernel",
-        "modality_adjoint_kernel", "parameter_gradients_kernel",
+    forward = ["pack_kernel", "modality_solve_kernel", "pack_kernel", "fusion_solve_kernel"]
+    backward = [
+        "pack_kernel", "fusion_adjoint_kernel", "parameter_gradients_kernel",
+        "pack_kernel", "modality_adjoint_kernel", "parameter_gradients_kernel",
     ]  # fmt: skip
-    assert len(packs) == 4
-    with torch.no_grad():
-        before = model(features)
-        assert len(packs) == 4
-        model.modality_weight1.mul_(1.5)
-        assert not torch.equal(model(features), before)
-    assert len(packs) == 5
+    out = model(features)
+    assert launched == forward
+    out.sum().backward()
+    assert launched[4:] == backward
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_changed_parameters_are_seen():
+    """Fused optimizers change parameters without raising their version."""
+    model, features = layer(), [torch.randn(2, 8)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    before = model(features)
+    before.sum().backward()
+    optimizer.step()
+    assert not torch.equal(model(features), before)
 
 
 @pytest.mark.usefixtures("triton_backend")

@@ -140,12 +140,13 @@ def test_low_precision(change):
 
 
 def test_rows_do_not_see_each_other():
-    problem = Problem.new(count=1, rows=18)
-    options = SolveOptions(ladder=True)
-    whole = solves.solve_modality(problem.features, problem.modality, 2, False, options)
+    # With the skip connection rows take different numbers of cheap steps.
+    problem = Problem.new(count=1, rows=18, skip=True)
+    options = SolveOptions(ladder=True, rtol=1e-4)
+    whole = solves.solve_modality(problem.features, problem.modality, 2, True, options)
     some = torch.tensor([17, 3])
     part = solves.solve_modality(
-        problem.features[:, some].contiguous(), problem.modality, 2, False, options
+        problem.features[:, some].contiguous(), problem.modality, 2, True, options
     )
     assert torch.equal(part.state, whole.state[:, some])
     assert torch.equal(part.steps, whole.steps[:, some])
