@@ -10,11 +10,11 @@ single solve of the whole state and differentiates it by the same two adjoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 import deqfusion.ops  # noqa: F401  registers the operators
 from deqfusion import validation as check
@@ -104,6 +104,28 @@ def inject(x: Tensor, weight: Tensor, bias: Tensor, present: Tensor | None = Non
     return _Inject.apply(x, weight, bias)
 
 
+def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a second differentiation an error, whatever it is with respect to.
+
+    `torch.autograd.function.once_differentiable` does so only where the incoming gradient requires
+    one: a gradient penalty by parameters would go through, without the solve's part.
+    """
+
+    def once(ctx: Any, *gradients: Any) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *gradients)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return outputs
+        error = torch._C._functions.DelayedError(
+            b"double backward is not supported: an equilibrium can be differentiated once",
+            len(outputs),
+        )
+        again = [None if t is None else t.detach().requires_grad_() for t in outputs]
+        return error(*again)  # type: ignore[arg-type]
+
+    return once
+
+
 class _ModalityEquilibrium(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -120,7 +142,7 @@ class _ModalityEquilibrium(torch.autograd.Function):
         return state, status, steps, residual, trace
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
         nothing = (None,) * (6 + _M + _C + _S)
         if gradient is None:
@@ -151,7 +173,7 @@ class _FusionEquilibrium(torch.autograd.Function):
         return state, status, steps, residual, trace
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
         nothing = (None,) * (8 + _F + _C + _S)
         if gradient is None:
@@ -182,7 +204,7 @@ class _JointEquilibrium(torch.autograd.Function):
         return state, status, steps, residual, trace
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
         x, injection, present, gate_mask, fusion_mask, state, status, *p = ctx.saved_tensors
         dm, dinjection, *fusion = torch.ops.deqfusion.fusion_adjoint(

@@ -33,15 +33,15 @@ def available(device: torch.device) -> None:
     """Checks that the programs can run on a device.
 
     Raises:
-        RuntimeError: if Triton is missing, or the device needs its interpreter and has it not.
+        ValueError: if Triton is missing, or the device needs its interpreter and has it not.
     """
     if kernels.triton_version() is None:
-        raise RuntimeError(
+        raise ValueError(
             f"GPU programs on {device.type}: Triton cannot be imported, expected it installed; "
             "DEQFUSION_BACKEND=reference does without it"
         )
     if device.type == "cpu" and not kernels.interpreted():
-        raise RuntimeError(
+        raise ValueError(
             "DEQFUSION_BACKEND=triton: got CPU tensors, expected CUDA ones, or TRITON_INTERPRET=1 "
             "in the environment before Triton is imported (slow, for tests)"
         )

@@ -117,6 +117,11 @@ def shipped(schedule: str, *, adjoint: bool, capability: int) -> Config:
     return Config(schedule, rows=16, depth=32, warps=8, stages=2)
 
 
+def shipped_schedules(adjoint: bool, capability: int) -> tuple[str, ...]:
+    """Schedules that `default_config` chooses from."""
+    return ("row",) if adjoint and 0 < capability < 90 else SCHEDULES
+
+
 GRADIENTS = Config(warps=4, stages=2)
 GRADIENT_TILES = {"BO": 64, "BI": 64, "BR": 32, "BV": 128}
 """Of the parameters' gradients; a width below 64 is one tile."""
@@ -127,6 +132,8 @@ def default_config(
 ) -> Config:
     """Cooperative while its programs are no more than the multiprocessors, else row.
 
+    An adjoint below capability 90 is row: in cooperative, the modalities' spills at width 500.
+
     Args:
         rows, groups, blocks: R, G and the number of blocks (N for the modalities, 1 for fusion).
         processors: multiprocessors of the device; 0 in the interpreter, which cannot wait.
@@ -134,6 +141,6 @@ def default_config(
     """
     together = shipped("cooperative", adjoint=adjoint, capability=capability)
     programs = -(-rows // together.rows) * groups * blocks
-    if 0 < programs <= processors:
+    if 0 < programs <= processors and "cooperative" in shipped_schedules(adjoint, capability):
         return together
     return shipped("row", adjoint=adjoint, capability=capability)

@@ -153,13 +153,12 @@ def fusion_solve_kernel(
     if LADDER != "":
         exact = tl.where(max_steps > 1, 0, 1)
     step = 0
-    taken = 0
     going = tl.max(alive.to(tl.int32), 0)
     while going > 0:
         # From z = 0 there is no product: u is 0 whatever the gates are.
-        depth = tl.where(taken == 0, 0, W)
+        depth = tl.where(tl.max(done, 0) == 0, 0, W)
         if INIT:
-            depth = W + 0 * taken
+            depth = W + 0 * step
         tl.debug_barrier()
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
@@ -199,7 +198,6 @@ def fusion_solve_kernel(
         meeting += 3
         meet(counter, meeting, G, COOPERATIVE)
         step += 1
-        taken += 1
         going = tl.max(alive.to(tl.int32), 0)
     for group in range(first_group, last_group):
         tile = local[:, None] * W + (group * P + column)[None, :]

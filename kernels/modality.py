@@ -128,13 +128,12 @@ def modality_solve_kernel(
     if LADDER != "":
         exact = tl.where(max_steps > 1, 0, 1)
     step = 0
-    taken = 0
     going = tl.max(alive.to(tl.int32), 0)
     while going > 0:
         # From z = 0 the first product is none.
-        depth = tl.where(taken == 0, 0, W)
+        depth = tl.where(tl.max(done, 0) == 0, 0, W)
         if INIT:
-            depth = W + 0 * taken
+            depth = W + 0 * step
         for group in range(first_group, last_group):
             value, _, _ = hidden(
                 z, w1, low1, vectors, group, depth, exact, W, DG, P, BM, BK, PRECISION, LADDER
@@ -162,7 +161,6 @@ def modality_solve_kernel(
         meeting += 3
         meet(counter, meeting, G, COOPERATIVE)
         step += 1
-        taken += 1
         going = tl.max(alive.to(tl.int32), 0)
     for group in range(first_group, last_group):
         tile = local[:, None] * W + (group * P + column)[None, :]

@@ -191,10 +191,9 @@ def modality_adjoint_kernel(
     if LADDER != "":
         exact = tl.where(max_steps > 1, 0, 1)
     step = 0
-    taken = 0
     going = tl.max(alive.to(tl.int32), 0)
     while going > 0:
-        depth = tl.where(taken == 0, 0, W)
+        depth = tl.where(tl.max(done, 0) == 0, 0, W)
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
             p_tile, q = outer(
@@ -237,7 +236,6 @@ def modality_adjoint_kernel(
         tl.debug_barrier()
         meeting += 3
         step += 1
-        taken += 1
         going = tl.max(alive.to(tl.int32), 0)
 
     # The final VJP, with lambda in place of its unit.

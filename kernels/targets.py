@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import GRADIENT_TILES, GRADIENTS, SCHEDULES, Config, shipped
+from .config import GRADIENT_TILES, GRADIENTS, SCHEDULES, Config, shipped, shipped_schedules
 from .layout import Layout
 
 
@@ -158,6 +158,8 @@ def programs(target: str) -> list[Program]:
                 ("modality adjoint", {**modality, "TRUNCATED": False}),
                 ("fusion adjoint", {**fusion, "TRUNCATED": False}),
             ):
+                if schedule not in shipped_schedules("adjoint" in kernel, capability):
+                    continue
                 config = shipped(schedule, adjoint="adjoint" in kernel, capability=capability)
                 tiles = {
                     "BM": config.rows, "BK": min(config.depth, layout.padded),

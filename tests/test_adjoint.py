@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deqfusion import Anderson, DEQFusion, OneStep, Phantom
+from deqfusion import Anderson, DEQFusion, Implicit, OneStep, Phantom
 from deqfusion.reference.cell import fusion_cell, gate_constants, modality_cell
 
 DIM, COUNT, BATCH = 8, 2, 5
@@ -70,3 +70,14 @@ def test_the_gradient_is_a_truncated_neumann_sum(adjoint, steps, damping, joint,
     torch.testing.assert_close(features.grad, from_fusion[1] + from_modalities[0], **close)
     for name, parameter in fusion.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[id(leaves[name])], **close)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Phantom(), OneStep()], ids=str)
+@pytest.mark.parametrize("joint", [False, True])
+def test_double_backward_is_an_error(adjoint, joint):
+    """Also where the first gradient is by the features and the incoming one requires none."""
+    fusion = DEQFusion(8, 2, adjoint=adjoint, joint=joint)
+    features = torch.randn(2, 3, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fusion(features).sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.square().sum().backward()

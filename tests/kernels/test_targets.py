@@ -20,7 +20,8 @@ def test_shipped_configurations(target):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 22
+    # Below sm_90 the adjoints, two at two widths, are shipped in schedule row only.
+    assert len(lines) == (18 if target == "sm_80" else 22)
     for line in lines:
         assert re.search(rf" {target} .*registers +[1-9]\d*  stack +0  shared +\d", line), line
         if line.startswith("pack"):
