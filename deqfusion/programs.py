@@ -72,11 +72,14 @@ def _options(o: SolverOptions, x: Tensor) -> Any:
     """
     from deqfusion.kernels.config import SolveOptions
 
-    schedules = "the Triton programs (schedules row and cooperative)"
     if o.method == "broyden":
-        raise ValueError(f"solver: got Broyden, {schedules} have Anderson and Picard; {_ELSE}")
+        raise ValueError(
+            f"solver: got Broyden, the Triton programs have Anderson and Picard; {_ELSE}"
+        )
     if x.dtype == torch.float64:
-        raise ValueError(f"dtype: got {x.dtype}, {schedules} have float32 and less; {_ELSE}")
+        raise ValueError(
+            f"dtype: got {x.dtype}, the Triton programs have float32 and less; {_ELSE}"
+        )
     plain = o.method in ("picard", "truncated")
     return SolveOptions(
         rtol=o.rtol, atol=o.atol, max_steps=o.max_steps, memory=0 if plain else o.memory,

@@ -6,8 +6,9 @@
     primitives        device functions: products, GroupNorm and its VJP
     anderson          device functions: Gram row, small solve
     schedule          device functions: how the groups of a row meet
+    scaling           device functions: unit gradients
     solver            device functions: when a row ends, its next iterate
-    modality, fusion  the equilibria in one launch
+    modality, fusion  the equilibria, in one launch or a launch per phase
     modality_adjoint, fusion_adjoint    their gradients, up to those of the parameters
     gradients         gradients of the parameters
     launch, solves    the same as functions of tensors

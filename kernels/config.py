@@ -8,7 +8,7 @@ MAX_MEMORY = 8
 PRECISIONS = ("ieee", "tf32", "tf32x3", "low")
 """Of products: fp32 as it is, in tensor-core formats of 10 and of 3 times 10 bits, and bfloat16."""
 
-SCHEDULES = ("row", "cooperative")
+SCHEDULES = ("row", "cooperative", "step")
 MAX_PADDED = 1024
 """Channels of a padded group that a tile may have."""
 
@@ -18,7 +18,8 @@ class Config:
     """Tiles and schedule of a program.
 
     Args:
-        schedule: "row": one program solves some rows; "cooperative": G programs, a group each.
+        schedule: "row": one program solves some rows; "cooperative": G programs, a group each;
+            "step": the same, and a launch for every phase of a step.
         rows: BM, rows of a program: a power of two, at least 16.
         depth: BK, channels of a product's inner step: a power of two, at least 16; more than the
             padded group's width is cut to that.
@@ -103,44 +104,35 @@ class SolveOptions:
         return self.ladder and not self.truncated and self.precision != "low"
 
 
-def shipped(schedule: str, *, adjoint: bool, capability: int) -> Config:
+def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128) -> Config:
     """What runs where nothing was tuned.
 
     Args:
         schedule: of `SCHEDULES`.
         adjoint: whether for a backward solve.
-        capability: of a CUDA device, as 80 or 90; 0 for others. Below 90 the compiler keeps more of
-            the adjoint in registers, and does not spill only with shallower products in one stage.
+        capability: of a CUDA device, as 80 or 90; 0 for others.
+        padded: P, channels of a padded group.
+
+    Without spills: below 90 the compiler keeps more of a program in registers, so that adjoints
+    need one stage, and schedule step tiles of 32 x 128 instead of 64 x 128; above 90 products are
+    deeper. `python -m deqfusion.kernels.targets` tells.
     """
-    if adjoint and 0 < capability < 90:
-        return Config(schedule, rows=16, depth=16, warps=8, stages=1)
-    return Config(schedule, rows=16, depth=32, warps=8, stages=2)
+    old = 0 < capability < 90
+    if schedule == "step":
+        rows = max(16, min(32 if old else 64, 8192 // padded))
+        warps = 8 if old or rows * padded >= 4096 else 4
+        return Config(schedule, rows, depth=64 if capability >= 100 else 32, warps=warps, stages=2)
+    return Config(schedule, rows=16, depth=32, warps=8, stages=1 if adjoint and old else 2)
 
 
 def shipped_schedules(adjoint: bool, capability: int) -> tuple[str, ...]:
-    """Schedules that `default_config` chooses from."""
-    return ("row",) if adjoint and 0 < capability < 90 else SCHEDULES
+    """Schedules that `kernels.cost.default_config` chooses from.
+
+    An adjoint below capability 90 is not cooperative: there the modalities' spills at width 500.
+    """
+    return ("row", "step") if adjoint and 0 < capability < 90 else SCHEDULES
 
 
 GRADIENTS = Config(warps=4, stages=2)
 GRADIENT_TILES = {"BO": 64, "BI": 64, "BR": 32, "BV": 128}
 """Of the parameters' gradients; a width below 64 is one tile."""
-
-
-def default_config(
-    rows: int, groups: int, blocks: int, processors: int, *, adjoint: bool, capability: int
-) -> Config:
-    """Cooperative while its programs are no more than the multiprocessors, else row.
-
-    An adjoint below capability 90 is row: in cooperative, the modalities' spills at width 500.
-
-    Args:
-        rows, groups, blocks: R, G and the number of blocks (N for the modalities, 1 for fusion).
-        processors: multiprocessors of the device; 0 in the interpreter, which cannot wait.
-        adjoint, capability: as in `shipped`.
-    """
-    together = shipped("cooperative", adjoint=adjoint, capability=capability)
-    programs = -(-rows // together.rows) * groups * blocks
-    if 0 < programs <= processors and "cooperative" in shipped_schedules(adjoint, capability):
-        return together
-    return shipped("row", adjoint=adjoint, capability=capability)

@@ -1,26 +1,30 @@
 r"""What a solve should cost on a device, from bytes, operations, launches and meetings.
 
 A program of schedule *row* streams all weights of its block through its multiprocessor every step,
-one of schedule *cooperative* the columns of its group, and G programs meet three times a step:
+one of the others the columns of its group. G programs of schedule *cooperative* meet three times a
+step (four in an adjoint's, whose phases are one more); in *step* each phase is a launch:
 
-    bytes       = products W^2 b / g  +  (products + 4 M + 6) BM W 4 / g       per program and step
+    bytes       = products (W^2 b / g + BM W 4)  +  (4 M + 6) BM W 4 / g       per program and step
     operations  = products 2 BM W^2 / g
-    step        = waves max(bytes / L2, operations / rate) + meetings barrier + phases latency
+    step        = waves max(bytes / L2, operations / rate) + phases (latency, + barrier or launch)
     solve       = launch + steps step
 
 with g = 1 or G, b the bytes of a weight, L2 and rate those of one multiprocessor (rate times the
 part of a matrix instruction's 64 rows that BM fills), and waves the programs over the
 multiprocessors, rounded up. Where all weights exceed the L2 cache, what they take from memory is a
-floor of a step. The constants are `DEVICES`; only those of the H200 were measured (by others, on
-one), the rest are data sheets', and what none gives is marked assumed.
+floor of a step. Where nothing was tuned, the model chooses the schedule. The constants are
+`DEVICES`; only those of the H200 were measured (by others, on one), the rest are data sheets', and
+what none gives is marked assumed.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from .config import SCHEDULES, Config, shipped
+from .config import SCHEDULES, Config, shipped, shipped_schedules
 from .layout import Layout
 
 
@@ -51,16 +55,18 @@ class Device:
     source: str
 
 
+H200 = Device(
+    132, 790e12, 395e12, 4.3e12, 110e9, 50e6, 3e-6, 1e-6, 90,
+    "measured on an H200 (bf16, memory, l2, launch, barrier); tf32 half of bf16; L2 50 MB: data "
+    "sheet",
+)  # fmt: skip
+
 DEVICES = {
-    "h200": Device(
-        132, 790e12, 395e12, 4.3e12, 110e9, 50e6, 3e-6, 1e-6, 90,
-        "measured on an H200 (bf16, memory, l2, launch, barrier); tf32 half of bf16; L2 50 MB: "
-        "data sheet",
-    ),
-    "h100": Device(
-        132, 790e12, 395e12, 3.35e12, 110e9, 50e6, 3e-6, 1e-6, 90,
-        "H100 SXM data sheet (memory 3.35 TB/s, L2 50 MB); the rest as H200, which has the same "
-        "processor",
+    "h200": H200,
+    "h100": replace(
+        H200, memory=3.35e12,
+        source="H100 SXM data sheet (memory 3.35 TB/s, L2 50 MB); the rest as H200, which has the "
+        "same processor",
     ),
     "a100": Device(
         108, 312e12, 156e12, 2.04e12, 67e9, 40e6, 3e-6, 1e-6, 80,
@@ -131,24 +137,22 @@ def predict(
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     layout = Layout(dim, groups)
-    width, together = layout.width, config.schedule == "cooperative"
-    share = groups if together else 1
+    width, share = layout.width, 1 if config.schedule == "row" else groups
     count = modalities if block == "modality" else 1
     programs = math.ceil(rows / config.rows) * count * share
     waves = math.ceil(programs / device.multiprocessors)
-    size = 2 if low else 4
-    weights = PRODUCTS[block] * width * width * size
-    rest = (PRODUCTS[block] + 4 * memory + 6) * config.rows * width * 4
-    moved = (weights + rest) / share
-    operations = PRODUCTS[block] * 2 * config.rows * width * width / share
+    products, row_bytes = PRODUCTS[block], config.rows * width * 4
+    weights = products * width * width * (2 if low else 4)
+    moved = weights / share + products * row_bytes + (4 * memory + 6) * row_bytes / share
+    operations = products * 2 * config.rows * width * width / share
     rate = (device.bf16 if low else device.tf32) / device.multiprocessors
     # A matrix instruction of 64 rows takes the same time for fewer.
     rate *= min(1.0, config.rows / 64)
     parts = {"L2": waves * moved / device.l2, "matrix": waves * operations / rate}
     if weights * count > device.cache:
         parts["memory"] = waves * weights * count / device.memory
-    waiting = PHASES["adjoint" if adjoint else "forward"] * LATENCY
-    waiting += 3 * device.barrier if together else 0.0
+    between = {"row": 0.0, "cooperative": device.barrier, "step": device.launch}[config.schedule]
+    waiting = PHASES["adjoint" if adjoint else "forward"] * (LATENCY + between)
     step = max(parts.values()) + waiting
     limiter = max(parts, key=lambda name: parts[name])
     if waiting > parts[limiter]:
@@ -158,6 +162,38 @@ def predict(
     return Prediction(
         block, config.schedule, programs, waves, moved, operations, step, solve, limiter
     )
+
+
+@functools.cache
+def default_config(
+    rows: int, layout: Layout, blocks: int, processors: int, *, adjoint: bool, capability: int
+) -> Config:
+    """What runs where nothing was tuned: the shipped schedule with the least predicted step.
+
+    The constants are those of the known device next to this one, with its own number of
+    multiprocessors; cooperative programs must be no more than these.
+
+    Args:
+        rows, layout, blocks: R, widths, and the number of blocks (N for the modalities, 1 for
+            fusion).
+        processors: multiprocessors of the device; 0 in the interpreter, which runs row.
+        adjoint, capability: as in `config.shipped`.
+    """
+    known: dict[str, Any] = {"adjoint": adjoint, "capability": capability, "padded": layout.padded}
+    if processors == 0 or rows == 0 or blocks == 0:
+        return shipped("row", **known)
+    like = DEVICES["mi300x" if capability == 0 else "a100" if capability < 90 else "h200"]
+    device = replace(like, multiprocessors=processors)
+    costs: dict[Config, float] = {}
+    for schedule in shipped_schedules(adjoint, capability):
+        config = shipped(schedule, **known)
+        p = predict(
+            "modality", rows, layout.dim, blocks, device, config, groups=layout.groups,
+            adjoint=adjoint,
+        )  # fmt: skip
+        if schedule != "cooperative" or p.waves == 1:
+            costs[config] = p.step
+    return min(costs, key=costs.__getitem__)
 
 
 def table(rows: int, dim: int, modalities: int, target: str, **options: bool | int) -> str:
@@ -176,7 +212,8 @@ def table(rows: int, dim: int, modalities: int, target: str, **options: bool | i
     ]
     for schedule in SCHEDULES:
         for block in PRODUCTS:
-            config = shipped(schedule, adjoint=False, capability=device.capability)
+            padded = Layout(dim, int(options.get("groups", 4))).padded
+            config = shipped(schedule, adjoint=False, capability=device.capability, padded=padded)
             p = predict(block, rows, dim, modalities, device, config, **options)  # type: ignore[arg-type]
             if schedule == "cooperative" and p.waves > 1:
                 lines.append(

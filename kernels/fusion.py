@@ -1,8 +1,8 @@
-r"""The fusion equilibrium in one launch (schedules *row* and *cooperative*).
+r"""The fusion equilibrium in one launch (schedule *step*: a launch per phase).
 
     c_i = W_m z_i + b_g                        once per solve                        `constant`
-    s = sum_i M_i sigma(W_g z + c_i)           u = s z                               `gated`
-    v = F (W_f u + b_f) + x_f                  f = GN(ReLU(v))                       `evaluated`
+    s = sum_i M_i sigma(W_g z + c_i)           u = s z                               `gate`
+    v = F (W_f u + b_f) + x_f                  f = GN(ReLU(v))       `injected`, `normalised`
 
 (tail "norm_relu": f = ReLU(GN(v)); gate "identity": no sigma.) A program owns BM rows, as in
 `kernels.modality`: both phases, the Anderson step, and again, until the rows have ended. Grid:
@@ -12,7 +12,8 @@ Scratch (packed, width W = G P, R' = R rounded up to BM), fp32: packed modalitie
 R', W); x_f, z, u, best_f, best_g (R', W); history f, g (M, R', W); gram (1 or G, R', M, M). Weights
 (W, W), transposed; vectors (4, W): b_g, b_f, weight and bias of GN. Unpacked: modalities (N, R, d),
 x_f, init, out (R, d) and F (R, d) in the dtype of the features; gate mask M (N, R, 1 or d);
-status, steps int32, residual fp32 (R); trace (R, max_steps, 2) fp32.
+status, steps int32, residual fp32 (R); trace (R, max_steps, 2) fp32. PHASE: 1 start, 2 constants, 3
+to 5 a step, 6 end.
 Source: arXiv 2306.16645, equations 6 and 7.
 """
 
@@ -22,8 +23,22 @@ import triton
 import triton.language as tl
 
 from .primitives import affine, ladder_product, load_true, product, relu, standardise, store_true
-from .schedule import meet, own_groups
-from .solver import exchange, finish, fresh, no_sums, record
+from .schedule import SUMS, meet, own_groups
+from .solver import (
+    SAVED,
+    finish,
+    fresh,
+    gather_sums,
+    load_rows,
+    no_sums,
+    record,
+    report_nothing,
+    share_sums,
+    store_rows,
+)
+
+PHASES = (2, 3, 1)
+"""How many phases are the start, a step, the end."""
 
 
 @triton.jit
@@ -98,17 +113,19 @@ def normalised(v, vectors, group, W: tl.constexpr, DG: tl.constexpr, P: tl.const
 def fusion_solve_kernel(
     modalities, x, init, gate_mask, fusion_mask, out, status, steps, residual, trace, tolerance,
     wg, wf, lowg, lowf, wm, vectors,
-    packed, constants, x_rows, z, u, best_f, best_g, f, g, gram, partials, counters,
+    packed, constants, x_rows, z, u, best_f, best_g, f, g, gram, partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
     FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, INIT: tl.constexpr,
     TOLERANCE: tl.constexpr, TRACE: tl.constexpr, RELATIVE: tl.constexpr,
     PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr,
+    PHASE: tl.constexpr,
 ):  # fmt: skip
     """The fusion solve of BM rows; arguments and tiles: the head of this file."""
     W: tl.constexpr = G * P
     DG: tl.constexpr = DIM // G
+    SPREAD: tl.constexpr = COOPERATIVE or PHASE > 0
     block = tl.program_id(0).to(tl.int64)
     begin = block * BM
     local = tl.arange(0, BM)  # [BM]
@@ -122,83 +139,106 @@ def fusion_solve_kernel(
     packed, constants, x_rows = packed + begin * W, constants + begin * W, x_rows + begin * W
     f, g = f + begin * W, g + begin * W
     gram = gram + (first_group * padded_rows.to(tl.int64) + begin) * (M * M)
-    partials, counter = partials + block * (20 * G * BM), counters + block
+    partials, counter = partials + block * (2 * SUMS * G * BM), counters + block
+    saved = saved + (block * G + first_group) * (SAVED * BM)
     if TOLERANCE:
         rtol = tl.load(tolerance).to(tl.float32)
-    for group in range(first_group, last_group):
-        tile = local[:, None] * W + (group * P + column)[None, :]
-        for i in range(0, N):
-            plane = modalities + i * rows.to(tl.int64) * DIM
-            value = load_true(plane, begin, local, live, group, column, DIM, DG)
-            tl.store(packed + i * history + tile, value)
-        value = injection_tile(x, begin, local, live, group, column, DIM, DG)
-        tl.store(x_rows + tile, value)
-        start = tl.zeros([BM, P], dtype=tl.float32)
-        if INIT:
-            start = load_true(init, begin, local, live, group, column, DIM, DG)
-        tl.store(z + tile, start)
-        tl.store(best_f + tile, tl.where(tl.abs(start) < float("inf"), start, 0.0))
     meeting = 1
-    meet(counter, meeting, G, COOPERATIVE)
-    for group in range(first_group, last_group):
-        tile = local[:, None] * W + (group * P + column)[None, :]
-        for i in range(0, N):
-            c = constant(packed + i * history, wm, vectors, group, W, P, BM, BK, PRECISION)
-            tl.store(constants + i * history + tile, c)
 
-    alive = live
-    running = live
-    best, improved_at, restarts, first, done = fresh(BM)
-    exact = 1
-    if LADDER != "":
-        exact = tl.where(max_steps > 1, 0, 1)
-    step = 0
-    going = tl.max(alive.to(tl.int32), 0)
-    while going > 0:
-        # From z = 0 there is no product: u is 0 whatever the gates are.
-        depth = tl.where(tl.max(done, 0) == 0, 0, W)
-        if INIT:
-            depth = W + 0 * step
-        tl.debug_barrier()
-        for group in range(first_group, last_group):
-            tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
-            p = ladder_product(
-                z, wg + group * P, lowg + group * P, depth, exact, W, BM, P, BK, PRECISION, LADDER
-            )
-            s = tl.zeros([BM, P], dtype=tl.float32)
-            for i in range(0, N):
-                a, factor = gate(
-                    p, constants, gate_mask, i, rows, begin, local, live, group, column, tile,
-                    history, DIM, DG, SIGMOID, GATE_MASK,
-                )  # fmt: skip
-                s += a * factor
-            tl.store(u + tile, s * tl.load(z + tile))
-        meet(counter, meeting + 1, G, COOPERATIVE)
-        g2, f2, dots = no_sums(BM)
+    if PHASE <= 1:
+        report_nothing(status, steps, residual, live, first_group, BM)
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]
-            factor = tl.full([BM, P], 1.0, dtype=tl.float32)
-            if FUSION_MASK:
-                factor = load_true(fusion_mask, begin, local, live, group, column, DIM, DG)
-            v = injected(
-                u, wf, lowf, vectors, tl.load(x_rows + tile), factor, group, depth, exact, W, P, BM,
-                BK, PRECISION, LADDER,
-            )  # fmt: skip
-            t, _, _ = normalised(v, vectors, group, W, DG, P, RELU_LAST)
-            g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
-        g2, f2, dots = exchange(
-            partials, counter, meeting + 2, step, first_group, g2, f2, dots, G, M, BM, COOPERATIVE
+            start = tl.zeros([BM, P], dtype=tl.float32)
+            if INIT:
+                start = load_true(init, begin, local, live, group, column, DIM, DG)
+            tl.store(z + tile, start)
+            tl.store(best_f + tile, tl.where(tl.abs(start) < float("inf"), start, 0.0))
+            value = injection_tile(x, begin, local, live, group, column, DIM, DG)
+            tl.store(x_rows + tile, value)
+            for i in range(0, N):
+                plane = modalities + i * rows.to(tl.int64) * DIM
+                value = load_true(plane, begin, local, live, group, column, DIM, DG)
+                tl.store(packed + i * history + tile, value)
+        alive = live
+        running, best, improved_at, restarts, first, done, exact, step = fresh(
+            alive, max_steps, BM, LADDER
         )
-        alive, running, best, improved_at, restarts, first, done, exact, step = finish(
-            z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2, dots,
-            step, max_steps, alive, running, best, improved_at, restarts, first, done, exact, rtol,
-            atol, ridge, mixing, first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE,
-            False,
-        )  # fmt: skip
-        meeting += 3
-        meet(counter, meeting, G, COOPERATIVE)
-        step += 1
+        if PHASE == 1:
+            store_rows(
+                saved, counters, first_group, alive, running, best, improved_at, restarts, first,
+                done, exact, step, BM,
+            )  # fmt: skip
+    else:
+        alive, running, best, improved_at, restarts, first, done, exact, step = load_rows(saved, BM)
+    meet(counter, meeting, G, COOPERATIVE)
+    if PHASE == 0 or PHASE == 2:
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            for i in range(0, N):
+                c = constant(packed + i * history, wm, vectors, group, W, P, BM, BK, PRECISION)
+                tl.store(constants + i * history + tile, c)
+
+    if PHASE == 0 or (PHASE > 2 and PHASE < 6):
         going = tl.max(alive.to(tl.int32), 0)
-    for group in range(first_group, last_group):
-        tile = local[:, None] * W + (group * P + column)[None, :]
-        store_true(out, tl.load(best_f + tile), begin, local, live, group, column, DIM, DG)
+        while going > 0:
+            # From z = 0 there is no product: u is 0 whatever the gates are.
+            depth = tl.where(tl.max(done, 0) == 0, 0, W)
+            if INIT:
+                depth = W + 0 * step
+            tl.debug_barrier()
+            if PHASE == 0 or PHASE == 3:
+                for group in range(first_group, last_group):
+                    tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
+                    p = ladder_product(
+                        z, wg + group * P, lowg + group * P, depth, exact, W, BM, P, BK, PRECISION,
+                        LADDER,
+                    )  # fmt: skip
+                    s = tl.zeros([BM, P], dtype=tl.float32)
+                    for i in range(0, N):
+                        a, factor = gate(
+                            p, constants, gate_mask, i, rows, begin, local, live, group, column,
+                            tile, history, DIM, DG, SIGMOID, GATE_MASK,
+                        )  # fmt: skip
+                        s += a * factor
+                    tl.store(u + tile, s * tl.load(z + tile))
+            meet(counter, meeting + 1, G, COOPERATIVE)
+            if PHASE == 0 or PHASE == 4:
+                g2, f2, dots = no_sums(BM)
+                for group in range(first_group, last_group):
+                    tile = local[:, None] * W + (group * P + column)[None, :]
+                    factor = tl.full([BM, P], 1.0, dtype=tl.float32)
+                    if FUSION_MASK:
+                        factor = load_true(fusion_mask, begin, local, live, group, column, DIM, DG)
+                    v = injected(
+                        u, wf, lowf, vectors, tl.load(x_rows + tile), factor, group, depth, exact,
+                        W, P, BM, BK, PRECISION, LADDER,
+                    )  # fmt: skip
+                    t, _, _ = normalised(v, vectors, group, W, DG, P, RELU_LAST)
+                    g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
+                share_sums(partials, step, first_group, g2, f2, dots, G, M, BM, SPREAD)
+            meet(counter, meeting + 2, G, COOPERATIVE)
+            if PHASE == 0 or PHASE == 5:
+                if SPREAD:
+                    g2, f2, dots = gather_sums(partials, step, G, M, BM)
+                alive, running, best, improved_at, restarts, first, done, exact, step = finish(
+                    z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2,
+                    dots, step, max_steps, alive, running, best, improved_at, restarts, first, done,
+                    exact, rtol, atol, ridge, mixing, first_group, last_group, W, P, M, BM,
+                    RELATIVE, LADDER, TRACE, False,
+                )  # fmt: skip
+            meeting += 3
+            meet(counter, meeting, G, COOPERATIVE)
+            going = tl.max(alive.to(tl.int32), 0)
+            if PHASE == 5:
+                store_rows(
+                    saved, counters, first_group, alive, running, best, improved_at, restarts,
+                    first, done, exact, step, BM,
+                )  # fmt: skip
+            if PHASE > 0:
+                going = going * 0
+
+    if PHASE == 0 or PHASE == 6:
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            store_true(out, tl.load(best_f + tile), begin, local, live, group, column, DIM, DG)

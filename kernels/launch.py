@@ -17,11 +17,16 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .config import MAX_PADDED, Config, SolveOptions, default_config, shipped
+from .config import MAX_PADDED, Config, SolveOptions, shipped
+from .cost import default_config
 from .layout import Layout
 from .primitives import interpreted
+from .schedule import SUMS as _SUMS
+from .solver import SAVED as _SAVED
 
 T = TypeVar("T")
+
+SUMS, SAVED = int(_SUMS.value), int(_SAVED.value)
 
 _asked: Config | str | None = None
 _held: dict[tuple[Any, ...], int] = {}
@@ -92,16 +97,18 @@ class Plan:
         if layout.padded > MAX_PADDED:
             raise ValueError(
                 f"dim {layout.dim} in {layout.groups} groups: got {layout.group} channels per "
-                f"group, schedules row and cooperative have at most {MAX_PADDED}; "
+                f"group, the GPU programs have at most {MAX_PADDED}; "
                 "DEQFUSION_BACKEND=reference has no limit"
             )
         asked = config or _asked
         if isinstance(asked, str):
-            asked = shipped(asked, adjoint=adjoint, capability=capability(device))
+            asked = shipped(
+                asked, adjoint=adjoint, capability=capability(device), padded=layout.padded
+            )
         config = asked
         if config is None:
             config = default_config(
-                rows, layout.groups, blocks, processors(device), adjoint=adjoint,
+                rows, layout, blocks, processors(device), adjoint=adjoint,
                 capability=capability(device),
             )  # fmt: skip
         return Plan(layout, blocks, rows, options, config, device)
@@ -118,13 +125,13 @@ class Plan:
 
     @property
     def cooperative(self) -> bool:
-        """Whether the groups are programs of their own."""
+        """Whether programs wait for one another."""
         return self.config.schedule == "cooperative"
 
     @property
     def groups(self) -> int:
         """Programs per row block and block."""
-        return self.layout.groups if self.cooperative else 1
+        return 1 if self.config.schedule == "row" else self.layout.groups
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uninitialised scratch."""
@@ -135,18 +142,21 @@ class Plan:
         return self.empty(*leading, self.size, self.layout.width)
 
     def history(self) -> tuple[Tensor, ...]:
-        """f, g, gram, partials and counters of the solver."""
+        """f, g, gram, partials, counters and saved of the solver."""
         slots = self.options.slots
         f, g = (self.rows_of(max(slots, 1), self.blocks) for _ in range(2))
         gram = self.empty(self.groups, self.blocks, self.size, slots, slots)
-        if self.cooperative:
-            # Two halves of ten sums per group and row, and a counter per row block.
-            partials = self.empty(20 * self.layout.groups * self.blocks * self.size)
-            counters = torch.zeros(
-                self.blocks * self.programs, dtype=torch.int32, device=self.device
+        if self.config.schedule == "row":
+            return f, g, gram, gram, gram, gram
+        partials = self.empty(2 * SUMS, self.layout.groups, self.blocks, self.size)
+        # Of meetings, one per row block; in schedule step the row blocks that have ended.
+        counters = torch.zeros(self.blocks * self.programs, dtype=torch.int32, device=self.device)
+        saved = partials
+        if self.config.schedule == "step":
+            saved = self.empty(
+                self.blocks, self.programs, self.groups, SAVED, self.config.rows, dtype=torch.int32
             )
-            return f, g, gram, partials, counters
-        return f, g, gram, gram, gram
+        return f, g, gram, partials, counters, saved
 
     def numbers(self) -> tuple[float | int, ...]:
         """rows, padded rows, max_steps, rtol, atol, ridge, mixing."""
@@ -164,23 +174,86 @@ class Plan:
             "COOPERATIVE": self.cooperative,
         }  # fmt: skip
 
-    def run(self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    def run(
+        self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any],
+        phases: tuple[int, int, int],
+    ) -> None:  # fmt: skip
         """Launches a solve program over all row blocks.
+
+        Args:
+            kernel, arguments, constants: but for `numbers` and `constants`, which are added.
+            phases: of the kernel's start, step and end.
 
         Raises:
             NotResident: if the plan is cooperative and the device cannot hold its programs at once.
         """
         grid = (self.programs, self.blocks, self.groups)
+        counters = arguments[-2]
         arguments = (*arguments, *self.numbers())
         constants = {**constants, **self.constants()}
-        extra: dict[str, Any] = {}
-        if self.cooperative and self.device.type == "cuda":
-            extra["launch_cooperative_grid"] = True
-            held = resident(kernel, arguments, {**constants, **extra}, self.config, self.device)
+        shape = f"{self.blocks} x {self.rows} rows of {self.layout.dim}"
+
+        def once(phase: int, **extra: Any) -> None:
+            launch(
+                kernel, grid, arguments, {**constants, "PHASE": phase}, self.config, shape, extra
+            )
+
+        if self.config.schedule == "step":
+            start, step, end = phases
+            for phase in range(1, start + 1):
+                once(phase)
+            ended = Ended(counters, self.blocks * self.programs)
+            for _ in range(self.most_steps):
+                if ended():
+                    break
+                for phase in range(start + 1, start + step + 1):
+                    once(phase)
+            for phase in range(start + step + 1, start + step + end + 1):
+                once(phase)
+        elif self.cooperative and self.device.type == "cuda":
+            extra = {"launch_cooperative_grid": True}
+            key = {**constants, "PHASE": 0, **extra}
+            held = resident(kernel, arguments, key, self.config, self.device)
             if math.prod(grid) > held:
                 raise NotResident(f"{math.prod(grid)} programs, the device holds {held} at once")
-        shape = f"{self.blocks} x {self.rows} rows of {self.layout.dim}"
-        launch(kernel, grid, arguments, constants, self.config, shape, extra)
+            once(0, **extra)
+        else:
+            once(0)
+
+    @property
+    def most_steps(self) -> int:
+        """Evaluations of a row block at most: rows that wait do not evaluate, others may."""
+        return self.options.max_steps * (2 if self.options.climbs else 1)
+
+
+class Ended:
+    """Whether all row blocks of a solve have ended, as far as the device has told.
+
+    A count is on its way from the device at any time, and is looked at when it is there: nothing
+    waits. Launches that were not needed end at once. Under capture of a CUDA graph it never says
+    so, and all steps are launched.
+    """
+
+    def __init__(self, counters: Tensor, expected: int) -> None:
+        self._counter, self._expected = counters[:1], expected
+        self._copy: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def __call__(self) -> bool:
+        if self._counter.device.type != "cuda":
+            return int(self._counter) == self._expected
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        if self._event is not None and self._copy is not None:
+            if not self._event.query():
+                return False
+            if int(self._copy) == self._expected:
+                return True
+        self._copy = torch.empty(1, dtype=torch.int32, pin_memory=True)
+        self._copy.copy_(self._counter, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+        return False
 
 
 class NotResident(RuntimeError):

@@ -1,9 +1,9 @@
-r"""The N modality equilibria in one launch (schedules *row* and *cooperative*).
+r"""The N modality equilibria in one launch (schedule *step*: a launch per phase).
 
     u = W_1 z + b_1               h = ReLU(GN_1(u))                                     `hidden`
     q = W_2 h + b_2 + x           t = GN_2(q) (+ z)          f = GN_3(ReLU(t))          `evaluated`
 
-A program owns BM rows of one modality, and all groups (row) or one (cooperative): both phases, the
+A program owns BM rows of one modality, and all groups (schedule *row*) or one: both phases, the
 Anderson step, and again, until the rows have ended. z, h and the history go through global memory
 (scratch of the rows' own, which stays in L2); weights are streamed. Grid: (ceil(R / BM), N, 1 or
 G).
@@ -12,7 +12,8 @@ Scratch (packed, `kernels.layout`, width W = G P; R' = R rounded up to BM), fp32
 best_f, best_g (N, R', W); history f, g (M, N, R', W); gram (1 or G, N, R', M, M). Weights (N, W,
 W), W_j^T; vectors (N, 8, W): b_1, weight and bias of GN_1, b_2, those of GN_2 and of GN_3.
 Unpacked: x, init and out (N, R, d) in the dtype of the features; present int8, status, steps int32,
-residual fp32 (N, R); trace (N, R, max_steps, 2) fp32. Precision: `kernels.primitives`.
+residual fp32 (N, R); trace (N, R, max_steps, 2) fp32. Precision: `kernels.primitives`; groups,
+meetings, PHASE (1 start, 2 to 4 a step, 5 end), partials, counters, saved: `kernels.schedule`.
 Source: arXiv 2306.16645, equations 3 to 5.
 """
 
@@ -22,8 +23,22 @@ import triton
 import triton.language as tl
 
 from .primitives import affine, ladder_product, load_true, relu, standardise, store_true
-from .schedule import meet, own_groups
-from .solver import exchange, finish, fresh, no_sums, record
+from .schedule import SUMS, meet, own_groups
+from .solver import (
+    SAVED,
+    finish,
+    fresh,
+    gather_sums,
+    load_rows,
+    no_sums,
+    record,
+    report_nothing,
+    share_sums,
+    store_rows,
+)
+
+PHASES = (1, 3, 1)
+"""How many phases are the start, a step, the end."""
 
 
 @triton.jit
@@ -66,16 +81,18 @@ def evaluated(
 def modality_solve_kernel(
     x, init, present, out, status, steps, residual, trace, tolerance,
     w1, w2, low1, low2, vectors,
-    packed, z, h, best_f, best_g, f, g, gram, partials, counters,
+    packed, z, h, best_f, best_g, f, g, gram, partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     M: tl.constexpr, SKIP: tl.constexpr, INIT: tl.constexpr, PRESENT: tl.constexpr,
     TOLERANCE: tl.constexpr, TRACE: tl.constexpr, RELATIVE: tl.constexpr,
     PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr,
+    PHASE: tl.constexpr,
 ):  # fmt: skip
     """The solve of BM rows of a modality; arguments and tiles: the head of this file."""
     W: tl.constexpr = G * P
     DG: tl.constexpr = DIM // G
+    SPREAD: tl.constexpr = COOPERATIVE or PHASE > 0
     block = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1).to(tl.int64)
     count = tl.num_programs(1).to(tl.int64)
@@ -95,73 +112,90 @@ def modality_solve_kernel(
     packed, f, g = packed + own * W, f + own * W, g + own * W
     gram = gram + (first_group * count * padded_rows + own) * (M * M)
     place = k * tl.num_programs(0) + block
-    partials, counter = partials + place * (20 * G * BM), counters + place
+    partials, counter = partials + place * (2 * SUMS * G * BM), counters + place
+    saved = saved + (place * G + first_group) * (SAVED * BM)
     w1, w2, low1, low2 = w1 + k * W * W, w2 + k * W * W, low1 + k * W * W, low2 + k * W * W
     vectors = vectors + k * 8 * W
     if TOLERANCE:
         rtol = tl.load(tolerance).to(tl.float32)
-    alive = live
-    if PRESENT:
-        here = tl.load(present + unpacked + begin + local, mask=live, other=0)
-        alive = alive & (here != 0)
-    if first_group == 0:
-        # What rows that are not there report; the others overwrite it when they end.
-        tl.store(status + local, local * 0, mask=live)
-        tl.store(steps + local, local * 0, mask=live)
-        tl.store(residual + local, tl.zeros([BM], dtype=tl.float32), mask=live)
-    for group in range(first_group, last_group):
-        tile = local[:, None] * W + (group * P + column)[None, :]
-        value = load_true(x, begin, local, live, group, column, DIM, DG)
-        tl.store(packed + tile, value)
-        start = tl.zeros([BM, P], dtype=tl.float32)
-        if INIT:
-            start = load_true(init + unpacked * DIM, begin, local, live, group, column, DIM, DG)
-        tl.store(z + tile, start)
-        known = alive[:, None] & (tl.abs(start) < float("inf"))
-        tl.store(best_f + tile, tl.where(known, start, 0.0))
     meeting = 1
-    meet(counter, meeting, G, COOPERATIVE)
 
-    best, improved_at, restarts, first, done = fresh(BM)
-    running = alive
-    exact = 1
-    if LADDER != "":
-        exact = tl.where(max_steps > 1, 0, 1)
-    step = 0
-    going = tl.max(alive.to(tl.int32), 0)
-    while going > 0:
-        # From z = 0 the first product is none.
-        depth = tl.where(tl.max(done, 0) == 0, 0, W)
-        if INIT:
-            depth = W + 0 * step
+    if PHASE <= 1:
+        alive = live
+        if PRESENT:
+            here = tl.load(present + unpacked + begin + local, mask=live, other=0)
+            alive = alive & (here != 0)
+        report_nothing(status, steps, residual, live, first_group, BM)
         for group in range(first_group, last_group):
-            value, _, _ = hidden(
-                z, w1, low1, vectors, group, depth, exact, W, DG, P, BM, BK, PRECISION, LADDER
-            )
-            tl.store(h + (local[:, None] * W + (group * P + column)[None, :]), value)
-        meet(counter, meeting + 1, G, COOPERATIVE)
-        g2, f2, dots = no_sums(BM)
-        for group in range(first_group, last_group):
-            tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
-            z_tile = tl.load(z + tile)
-            t, _, _, _, _ = evaluated(
-                h, w2, low2, vectors, tl.load(packed + tile), z_tile, group, exact, W, DG, P, BM,
-                BK, SKIP, PRECISION, LADDER,
-            )  # fmt: skip
-            g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
-        g2, f2, dots = exchange(
-            partials, counter, meeting + 2, step, first_group, g2, f2, dots, G, M, BM, COOPERATIVE
-        )
-        alive, running, best, improved_at, restarts, first, done, exact, step = finish(
-            z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2, dots,
-            step, max_steps, alive, running, best, improved_at, restarts, first, done, exact, rtol,
-            atol, ridge, mixing, first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE,
-            False,
-        )  # fmt: skip
-        meeting += 3
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            value = load_true(x, begin, local, live, group, column, DIM, DG)
+            tl.store(packed + tile, value)
+            start = tl.zeros([BM, P], dtype=tl.float32)
+            if INIT:
+                start = load_true(init + unpacked * DIM, begin, local, live, group, column, DIM, DG)
+            tl.store(z + tile, start)
+            known = alive[:, None] & (tl.abs(start) < float("inf"))
+            tl.store(best_f + tile, tl.where(known, start, 0.0))
         meet(counter, meeting, G, COOPERATIVE)
-        step += 1
+        running, best, improved_at, restarts, first, done, exact, step = fresh(
+            alive, max_steps, BM, LADDER
+        )
+        if PHASE == 1:
+            store_rows(
+                saved, counters, first_group, alive, running, best, improved_at, restarts, first,
+                done, exact, step, BM,
+            )  # fmt: skip
+    else:
+        alive, running, best, improved_at, restarts, first, done, exact, step = load_rows(saved, BM)
+
+    if PHASE == 0 or (PHASE > 1 and PHASE < 5):
         going = tl.max(alive.to(tl.int32), 0)
-    for group in range(first_group, last_group):
-        tile = local[:, None] * W + (group * P + column)[None, :]
-        store_true(out, tl.load(best_f + tile), begin, local, live, group, column, DIM, DG)
+        while going > 0:
+            # From z = 0 the first product is none.
+            depth = tl.where(tl.max(done, 0) == 0, 0, W)
+            if INIT:
+                depth = W + 0 * step
+            if PHASE == 0 or PHASE == 2:
+                for group in range(first_group, last_group):
+                    value, _, _ = hidden(
+                        z, w1, low1, vectors, group, depth, exact, W, DG, P, BM, BK, PRECISION,
+                        LADDER,
+                    )  # fmt: skip
+                    tl.store(h + (local[:, None] * W + (group * P + column)[None, :]), value)
+            meet(counter, meeting + 1, G, COOPERATIVE)
+            if PHASE == 0 or PHASE == 3:
+                g2, f2, dots = no_sums(BM)
+                for group in range(first_group, last_group):
+                    tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
+                    z_tile = tl.load(z + tile)
+                    t, _, _, _, _ = evaluated(
+                        h, w2, low2, vectors, tl.load(packed + tile), z_tile, group, exact, W, DG,
+                        P, BM, BK, SKIP, PRECISION, LADDER,
+                    )  # fmt: skip
+                    g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
+                share_sums(partials, step, first_group, g2, f2, dots, G, M, BM, SPREAD)
+            meet(counter, meeting + 2, G, COOPERATIVE)
+            if PHASE == 0 or PHASE == 4:
+                if SPREAD:
+                    g2, f2, dots = gather_sums(partials, step, G, M, BM)
+                alive, running, best, improved_at, restarts, first, done, exact, step = finish(
+                    z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2,
+                    dots, step, max_steps, alive, running, best, improved_at, restarts, first, done,
+                    exact, rtol, atol, ridge, mixing, first_group, last_group, W, P, M, BM,
+                    RELATIVE, LADDER, TRACE, False,
+                )  # fmt: skip
+            meeting += 3
+            meet(counter, meeting, G, COOPERATIVE)
+            going = tl.max(alive.to(tl.int32), 0)
+            if PHASE == 4:
+                store_rows(
+                    saved, counters, first_group, alive, running, best, improved_at, restarts,
+                    first, done, exact, step, BM,
+                )  # fmt: skip
+            if PHASE > 0:
+                going = going * 0
+
+    if PHASE == 0 or PHASE == 5:
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            store_true(out, tl.load(best_f + tile), begin, local, live, group, column, DIM, DG)

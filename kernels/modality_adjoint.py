@@ -1,4 +1,4 @@
-r"""Gradients of the modality equilibria in one launch (schedules *row* and *cooperative*).
+r"""Gradients of the modality equilibria in one launch (schedule *step*: a launch per phase).
 
     lambda = g + J^T lambda,      p = N_3(lambda w_3) [t > 0]      q = N_2(p w_2)       `outer`
                                   r = (q W_2) [h > 0]              s = N_1(r w_1)       `inner`
@@ -14,7 +14,8 @@ the j-th normalisation. Rows that are NON_FINITE, absent, or whose g is 0 take n
 Scratch (packed, W = G P, R' = R rounded up to BM), fp32: unit gradient, z, p, best_f, best_g,
 xhat (3, .) and the factors left, right (2 N, R', W); rstd (N, R', G, 3); scale (N, R'); history,
 gram, partials and counters as in `kernels.modality`; sums (ceil(R / BM), 8, N, W). Weights forward
-(N, W, W) W_j^T, and backward W_j. Unpacked: gradient, state, x, dx (N, R, d).
+(N, W, W) W_j^T, and backward W_j. Unpacked: gradient, state, x, dx (N, R, d). PHASE: 1 to 3 the
+linearisation, 4 to 7 a step, 8 and 9 the VJP.
 Source: implicit function theorem; S. Bai et al., "Deep equilibrium models", NeurIPS 2019.
 """
 
@@ -25,8 +26,24 @@ import triton.language as tl
 
 from .modality import evaluated, hidden
 from .primitives import affine, ladder_product, load_true, product, standardise_vjp, store_true
-from .schedule import gather, meet, own_groups, share
-from .solver import NON_FINITE, exchange, finish, fresh, no_sums, record
+from .scaling import divisor_of, largest_of, scales
+from .schedule import SUMS, gather, gather_largest, meet, own_groups, share
+from .solver import (
+    NON_FINITE,
+    SAVED,
+    finish,
+    fresh,
+    gather_sums,
+    load_rows,
+    no_sums,
+    record,
+    report_nothing,
+    share_sums,
+    store_rows,
+)
+
+PHASES = (3, 4, 2)
+"""How many phases are the linearisation, a step, the VJP."""
 
 
 @triton.jit
@@ -74,16 +91,17 @@ def modality_adjoint_kernel(
     gradient, state, solved, x, present, dx, status, steps, residual,
     w1, w2, b1, b2, lowb1, lowb2, vectors,
     unit, z, p, best_f, best_g, xhat, rstd, scale, left, right, sums, f, g, gram, partials,
-    counters,
+    counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     M: tl.constexpr, SKIP: tl.constexpr, PRESENT: tl.constexpr, TRUNCATED: tl.constexpr,
     RELATIVE: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
-    COOPERATIVE: tl.constexpr,
+    COOPERATIVE: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of BM rows of a modality; arguments and tiles: the head of this file."""
     W: tl.constexpr = G * P
     DG: tl.constexpr = DIM // G
+    SPREAD: tl.constexpr = COOPERATIVE or PHASE > 0
     block = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1).to(tl.int64)
     count = tl.num_programs(1).to(tl.int64)
@@ -108,161 +126,177 @@ def modality_adjoint_kernel(
     z_rows, h_rows = right + own * W, right + (history + own * W)
     gram = gram + (first_group * count * padded_rows + own) * (M * M)
     place = k * tl.num_programs(0) + block
-    partials, counter = partials + place * (20 * G * BM), counters + place
+    partials, counter = partials + place * (2 * SUMS * G * BM), counters + place
+    saved = saved + (place * G + first_group) * (SAVED * BM)
     w1, w2, b1, b2 = w1 + k * W * W, w2 + k * W * W, b1 + k * W * W, b2 + k * W * W
     lowb1, lowb2 = lowb1 + k * W * W, lowb2 + k * W * W
     vectors = vectors + k * 8 * W
-    alive = live & (tl.load(solved + unpacked + begin + local, mask=live, other=0) != NON_FINITE)
+    take_part = live & (
+        tl.load(solved + unpacked + begin + local, mask=live, other=0) != NON_FINITE
+    )
     if PRESENT:
         here = tl.load(present + unpacked + begin + local, mask=live, other=0)
-        alive = alive & (here != 0)
-    if first_group == 0:
-        tl.store(status + local, local * 0, mask=live)
-        tl.store(steps + local, local * 0, mask=live)
-        tl.store(residual + local, tl.zeros([BM], dtype=tl.float32), mask=live)
-
-    # z* of the rows that take part, and the largest element of their gradients, then the norm.
-    largest = tl.zeros([BM], dtype=tl.float32)
-    keep = alive
-    for group in range(first_group, last_group):
-        tile = local[:, None] * W + (group * P + column)[None, :]
-        tl.store(z_rows + tile, load_true(state, begin, local, keep, group, column, DIM, DG))
-        value = load_true(gradient, begin, local, keep, group, column, DIM, DG)
-        size = tl.max(tl.where(value == value, tl.abs(value), float("inf")), 1)
-        largest = tl.maximum(largest, size)
-    if COOPERATIVE:
-        share(partials, 0, largest, first_group, BM)
+        take_part = take_part & (here != 0)
     meeting = 1
+
+    if PHASE <= 1:
+        # z* of the rows that take part, and the largest element of their gradients.
+        report_nothing(status, steps, residual, live, first_group, BM)
+        largest = tl.zeros([BM], dtype=tl.float32)
+        for group in range(first_group, last_group):
+            value = load_true(gradient, begin, local, take_part, group, column, DIM, DG)
+            largest = tl.maximum(largest, largest_of(value))
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            solution = load_true(state, begin, local, take_part, group, column, DIM, DG)
+            tl.store(z_rows + tile, solution)
+        if SPREAD:
+            share(partials, 0, largest, first_group, BM)
     meet(counter, meeting, G, COOPERATIVE)
-    if COOPERATIVE:
-        for group in range(0, G):
-            largest = tl.maximum(largest, tl.load(partials + group * 10 * BM + local))
-    divisor = tl.where(largest > 0.0, largest, 1.0)
-    total = tl.zeros([BM], dtype=tl.float32)
-    for group in range(first_group, last_group):
-        value = load_true(gradient, begin, local, keep, group, column, DIM, DG) / divisor[:, None]
-        total += tl.sum(value * value, 1)
-        h, xhat1, rstd1 = hidden(
-            z_rows, w1, w1, vectors, group, W, 1, W, DG, P, BM, BK, PRECISION, ""
-        )
-        tile = local[:, None] * W + (group * P + column)[None, :]
-        tl.store(h_rows + tile, h)
-        tl.store(xhat + tile, xhat1)
-        tl.store(rstd + (local * G + group) * 3, rstd1)
-    if COOPERATIVE:
-        share(partials, 1, total, first_group, BM)
+    if SPREAD and PHASE <= 3:
+        largest = gather_largest(partials, 0, BM, G)
+    if PHASE == 0 or PHASE == 2:
+        # Their norms, and the first half of the block at z*.
+        divisor = divisor_of(largest)
+        total = tl.zeros([BM], dtype=tl.float32)
+        for group in range(first_group, last_group):
+            value = load_true(gradient, begin, local, take_part, group, column, DIM, DG)
+            value = value / divisor[:, None]
+            total += tl.sum(value * value, 1)
+            h, xhat1, rstd1 = hidden(
+                z_rows, w1, w1, vectors, group, W, 1, W, DG, P, BM, BK, PRECISION, ""
+            )
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            tl.store(h_rows + tile, h)
+            tl.store(xhat + tile, xhat1)
+            tl.store(rstd + (local * G + group) * 3, rstd1)
+        if SPREAD:
+            share(partials, 1, total, first_group, BM)
     meet(counter, meeting + 1, G, COOPERATIVE)
-    if COOPERATIVE:
-        total = gather(partials, 1, BM, G)
-    norm = tl.sqrt(total)
-    whole = largest * norm
-    norm = tl.where(norm > 0.0, norm, 1.0)
-    if TRUNCATED:
-        # Nothing is compared with a residual of unit size: the gradient as it is.
-        divisor = divisor * 0.0 + 1.0
-        norm = norm * 0.0 + 1.0
-        whole = whole * 0.0 + 1.0
-    else:
-        alive = alive & (largest > 0.0)
-    # Every group's program writes the same; rows that take no part are 0 at the end.
-    tl.store(scale + local, tl.where(keep, whole, 0.0))
-    for group in range(first_group, last_group):
-        tile = local[:, None] * W + (group * P + column)[None, :]
-        value = load_true(gradient, begin, local, keep, group, column, DIM, DG)
-        tl.store(unit + tile, value / divisor[:, None] / norm[:, None])
-        tl.store(z + tile, tl.zeros([BM, P], dtype=tl.float32))
-        tl.store(best_f + tile, tl.zeros([BM, P], dtype=tl.float32))
-        injected = load_true(x, begin, local, keep, group, column, DIM, DG)
-        z_tile = tl.load(z_rows + tile)
-        _, xhat2, rstd2, xhat3, rstd3 = evaluated(
-            h_rows, w2, w2, vectors, injected, z_tile, group, 1, W, DG, P, BM, BK, SKIP, PRECISION,
-            "",
-        )  # fmt: skip
-        tl.store(xhat + history + tile, xhat2)
-        tl.store(xhat + 2 * history + tile, xhat3)
-        tl.store(rstd + (local * G + group) * 3 + 1, rstd2)
-        tl.store(rstd + (local * G + group) * 3 + 2, rstd3)
+    if PHASE == 0 or PHASE == 3:
+        # The second half, and unit gradients.
+        if SPREAD:
+            total = gather(partials, 1, BM, G)
+        divisor, norm, whole = scales(largest, total, TRUNCATED)
+        # Every group's program writes the same; rows that take no part are 0 at the end.
+        tl.store(scale + local, tl.where(take_part, whole, 0.0))
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            value = load_true(gradient, begin, local, take_part, group, column, DIM, DG)
+            tl.store(unit + tile, value / divisor[:, None] / norm[:, None])
+            tl.store(z + tile, tl.zeros([BM, P], dtype=tl.float32))
+            tl.store(best_f + tile, tl.zeros([BM, P], dtype=tl.float32))
+            injected = load_true(x, begin, local, take_part, group, column, DIM, DG)
+            z_tile = tl.load(z_rows + tile)
+            _, xhat2, rstd2, xhat3, rstd3 = evaluated(
+                h_rows, w2, w2, vectors, injected, z_tile, group, 1, W, DG, P, BM, BK, SKIP,
+                PRECISION, "",
+            )  # fmt: skip
+            tl.store(xhat + history + tile, xhat2)
+            tl.store(xhat + 2 * history + tile, xhat3)
+            tl.store(rstd + (local * G + group) * 3 + 1, rstd2)
+            tl.store(rstd + (local * G + group) * 3 + 2, rstd3)
+        alive = take_part
+        if not TRUNCATED:
+            alive = alive & (largest > 0.0)
+        running, best, improved_at, restarts, first, done, exact, step = fresh(
+            alive, max_steps, BM, LADDER
+        )
+        if PHASE == 3:
+            store_rows(
+                saved, counters, first_group, alive, running, best, improved_at, restarts, first,
+                done, exact, step, BM,
+            )  # fmt: skip
+    if PHASE > 3:
+        alive, running, best, improved_at, restarts, first, done, exact, step = load_rows(saved, BM)
     tl.debug_barrier()
     meeting += 1
 
-    best, improved_at, restarts, first, done = fresh(BM)
-    running = alive
-    exact = 1
-    if LADDER != "":
-        exact = tl.where(max_steps > 1, 0, 1)
-    step = 0
-    going = tl.max(alive.to(tl.int32), 0)
-    while going > 0:
-        depth = tl.where(tl.max(done, 0) == 0, 0, W)
-        for group in range(first_group, last_group):
-            tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
-            p_tile, q = outer(
-                tl.load(z + tile), xhat, rstd, vectors, z_rows, tile, local, group, history, W,
-                G, DG, P, SKIP,
-            )  # fmt: skip
-            tl.store(q_rows + tile, q)
-            if SKIP:
-                tl.store(p + tile, p_tile)
-        meet(counter, meeting + 1, G, COOPERATIVE)
-        for group in range(first_group, last_group):
-            tile = local[:, None] * W + (group * P + column)[None, :]
-            r = ladder_product(
-                q_rows, b2 + group * P, lowb2 + group * P, depth, exact, W, BM, P, BK, PRECISION,
-                LADDER,
-            )  # fmt: skip
-            _, s, _ = inner(r, xhat, rstd, vectors, tile, local, group, W, G, DG, P)
-            tl.store(s_rows + tile, s)
-        meet(counter, meeting + 2, G, COOPERATIVE)
-        g2, f2, dots = no_sums(BM)
-        for group in range(first_group, last_group):
-            tile = local[:, None] * W + (group * P + column)[None, :]
-            t = ladder_product(
-                s_rows, b1 + group * P, lowb1 + group * P, depth, exact, W, BM, P, BK, PRECISION,
-                LADDER,
-            )  # fmt: skip
-            t += tl.load(unit + tile)
-            if SKIP:
-                t += tl.load(p + tile)
-            g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
-        g2, f2, dots = exchange(
-            partials, counter, meeting + 3, step, first_group, g2, f2, dots, G, M, BM, COOPERATIVE
-        )
-        alive, running, best, improved_at, restarts, first, done, exact, step = finish(
-            z, best_f, best_g, f, g, history, gram, status, steps, residual, residual, g2, f2,
-            dots, step, max_steps, alive, running, best, improved_at, restarts, first, done, exact,
-            rtol, atol, ridge, mixing, first_group, last_group, W, P, M, BM, RELATIVE, LADDER,
-            False, TRUNCATED,
-        )  # fmt: skip
-        tl.debug_barrier()
-        meeting += 3
-        step += 1
+    if PHASE == 0 or (PHASE > 3 and PHASE < 8):
         going = tl.max(alive.to(tl.int32), 0)
+        while going > 0:
+            depth = tl.where(tl.max(done, 0) == 0, 0, W)
+            if PHASE == 0 or PHASE == 4:
+                for group in range(first_group, last_group):
+                    tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
+                    p_tile, q = outer(
+                        tl.load(z + tile), xhat, rstd, vectors, z_rows, tile, local, group, history,
+                        W, G, DG, P, SKIP,
+                    )  # fmt: skip
+                    tl.store(q_rows + tile, q)
+                    if SKIP:
+                        tl.store(p + tile, p_tile)
+            meet(counter, meeting + 1, G, COOPERATIVE)
+            if PHASE == 0 or PHASE == 5:
+                for group in range(first_group, last_group):
+                    tile = local[:, None] * W + (group * P + column)[None, :]
+                    r = ladder_product(
+                        q_rows, b2 + group * P, lowb2 + group * P, depth, exact, W, BM, P, BK,
+                        PRECISION, LADDER,
+                    )  # fmt: skip
+                    _, s, _ = inner(r, xhat, rstd, vectors, tile, local, group, W, G, DG, P)
+                    tl.store(s_rows + tile, s)
+            meet(counter, meeting + 2, G, COOPERATIVE)
+            if PHASE == 0 or PHASE == 6:
+                g2, f2, dots = no_sums(BM)
+                for group in range(first_group, last_group):
+                    tile = local[:, None] * W + (group * P + column)[None, :]
+                    t = ladder_product(
+                        s_rows, b1 + group * P, lowb1 + group * P, depth, exact, W, BM, P, BK,
+                        PRECISION, LADDER,
+                    )  # fmt: skip
+                    t += tl.load(unit + tile)
+                    if SKIP:
+                        t += tl.load(p + tile)
+                    g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
+                share_sums(partials, step, first_group, g2, f2, dots, G, M, BM, SPREAD)
+            meet(counter, meeting + 3, G, COOPERATIVE)
+            if PHASE == 0 or PHASE == 7:
+                if SPREAD:
+                    g2, f2, dots = gather_sums(partials, step, G, M, BM)
+                alive, running, best, improved_at, restarts, first, done, exact, step = finish(
+                    z, best_f, best_g, f, g, history, gram, status, steps, residual, residual, g2,
+                    f2, dots, step, max_steps, alive, running, best, improved_at, restarts, first,
+                    done, exact, rtol, atol, ridge, mixing, first_group, last_group, W, P, M, BM,
+                    RELATIVE, LADDER, False, TRUNCATED,
+                )  # fmt: skip
+            tl.debug_barrier()
+            meeting += 3
+            going = tl.max(alive.to(tl.int32), 0)
+            if PHASE == 7:
+                store_rows(
+                    saved, counters, first_group, alive, running, best, improved_at, restarts,
+                    first, done, exact, step, BM,
+                )  # fmt: skip
+            if PHASE > 0:
+                going = going * 0
 
     # The final VJP, with lambda in place of its unit.
     tl.debug_barrier()
-    whole = tl.load(scale + local)
-    for group in range(first_group, last_group):
-        tile = local[:, None] * W + (group * P + column)[None, :]
-        solution = tl.load(best_f + tile) * whole[:, None]
-        p_tile, q = outer(
-            solution, xhat, rstd, vectors, z_rows, tile, local, group, history, W, G, DG, P,
-            SKIP,
-        )  # fmt: skip
-        tl.store(q_rows + tile, q)
-        store_true(dx, q, begin, local, live, group, column, DIM, DG)
-        row = sums + (block * 8 * count + k) * W + group * P + column
-        tl.store(row + 3 * count * W, tl.sum(q, 0))
-        tl.store(row + 4 * count * W, tl.sum(p_tile * tl.load(xhat + history + tile), 0))
-        tl.store(row + 5 * count * W, tl.sum(p_tile, 0))
-        tl.store(row + 6 * count * W, tl.sum(solution * tl.load(xhat + 2 * history + tile), 0))
-        tl.store(row + 7 * count * W, tl.sum(solution, 0))
+    if PHASE == 0 or PHASE == 8:
+        whole = tl.load(scale + local)
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            solution = tl.load(best_f + tile) * whole[:, None]
+            row = sums + (block * 8 * count + k) * W + group * P + column
+            tl.store(row + 6 * count * W, tl.sum(solution * tl.load(xhat + 2 * history + tile), 0))
+            tl.store(row + 7 * count * W, tl.sum(solution, 0))
+            p_tile, q = outer(
+                solution, xhat, rstd, vectors, z_rows, tile, local, group, history, W, G, DG, P,
+                SKIP,
+            )  # fmt: skip
+            tl.store(row + 4 * count * W, tl.sum(p_tile * tl.load(xhat + history + tile), 0))
+            tl.store(row + 5 * count * W, tl.sum(p_tile, 0))
+            tl.store(q_rows + tile, q)
+            store_true(dx, q, begin, local, live, group, column, DIM, DG)
+            tl.store(row + 3 * count * W, tl.sum(q, 0))
     meet(counter, meeting + 1, G, COOPERATIVE)
-    for group in range(first_group, last_group):
-        tile = local[:, None] * W + (group * P + column)[None, :]
-        r = product(q_rows, b2 + group * P, W, W, BM, P, BK, PRECISION)
-        r, s, xhat1 = inner(r, xhat, rstd, vectors, tile, local, group, W, G, DG, P)
-        tl.store(s_rows + tile, s)
-        row = sums + (block * 8 * count + k) * W + group * P + column
-        tl.store(row, tl.sum(s, 0))
-        tl.store(row + count * W, tl.sum(r * xhat1, 0))
-        tl.store(row + 2 * count * W, tl.sum(r, 0))
+    if PHASE == 0 or PHASE == 9:
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            r = product(q_rows, b2 + group * P, W, W, BM, P, BK, PRECISION)
+            r, s, xhat1 = inner(r, xhat, rstd, vectors, tile, local, group, W, G, DG, P)
+            tl.store(s_rows + tile, s)
+            row = sums + (block * 8 * count + k) * W + group * P + column
+            tl.store(row, tl.sum(s, 0))
+            tl.store(row + count * W, tl.sum(r * xhat1, 0))
+            tl.store(row + 2 * count * W, tl.sum(r, 0))

@@ -107,10 +107,13 @@ def relu(x):
 
 @triton.jit
 def load_true(pointer, begin, local, live, group, column, DIM: tl.constexpr, DG: tl.constexpr):
-    """One group of BM rows of an unpacked tensor (rows, DIM) as fp32; 0 beyond it: [BM, P]."""
-    offset = (begin + local)[:, None] * DIM + (group * DG + column)[None, :]
+    """One group of BM rows from `begin` (int64) of an unpacked tensor (rows, DIM): [BM, P] in fp32.
+
+    0 in rows that are not live and in padded columns.
+    """
+    offset = local[:, None] * DIM + (group * DG + column)[None, :]
     mask = live[:, None] & (column < DG)[None, :]
-    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pointer + begin * DIM + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -118,6 +121,6 @@ def store_true(
     pointer, value, begin, local, live, group, column, DIM: tl.constexpr, DG: tl.constexpr
 ):
     """Stores a tile into an unpacked tensor (rows, DIM), rounded to its dtype."""
-    offset = (begin + local)[:, None] * DIM + (group * DG + column)[None, :]
+    offset = local[:, None] * DIM + (group * DG + column)[None, :]
     mask = live[:, None] & (column < DG)[None, :]
-    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
+    tl.store(pointer + begin * DIM + offset, value.to(pointer.dtype.element_ty), mask=mask)

@@ -1,16 +1,19 @@
-r"""How the groups of a row block share a launch: schedules *row* and *cooperative*.
+r"""How the groups of a row block share the work: schedules *row*, *cooperative* and *step*.
 
     row           one program evaluates all G groups of its BM rows, one after the other
     cooperative   G programs of one launch evaluate a group each, and meet between phases
+    step          the same G programs, and a launch for every phase in place of the meetings
 
-Both run the same kernels. A cooperative program owns group `tl.program_id(2)`; what another group's
-program wrote may be read after a meeting. A meeting is a counter per row block that only grows:
-every program adds 1 (release) and waits until all G have (acquire). All programs of a meeting must
-be resident at once, so the launch is cooperative and no larger than the device (`launch.py`).
+All run the same kernels, which are cut into phases at their meetings: `PHASE` 0 is the whole of a
+kernel, any other number that phase alone. Where the groups are programs of their own (SPREAD), a
+program owns group `tl.program_id(2)`, and what another group's program wrote may be read in the
+next phase. A meeting of schedule *cooperative* is a counter per row block that only grows: every
+program adds 1 (release) and waits until all G have (acquire). All programs of a meeting must be
+resident at once, so the launch is cooperative and no larger than the device (`launch.py`).
 
-Sums over channels go through `exchange`: partial sums of every group in global memory, added in the
-order of the groups by every program, so that all G take the same decisions, bit by bit those of
-schedule *row*.
+Sums over channels go through `share` and `gather`: partial sums of every group in global memory,
+added in the order of the groups by every program, so that all G take the same decisions, bit by bit
+those of schedule *row*.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import triton
 import triton.language as tl
 
 SUMS = tl.constexpr(10)
+"""Of a meeting: ||g||^2, ||f||^2 and up to eight products of residuals."""
 
 
 @triton.jit
@@ -57,3 +61,13 @@ def gather(partials, slot: tl.constexpr, BM: tl.constexpr, G: tl.constexpr):
     for group in range(0, G):
         total += tl.load(partials + (group * SUMS + slot) * BM + tl.arange(0, BM))
     return total
+
+
+@triton.jit
+def gather_largest(partials, slot: tl.constexpr, BM: tl.constexpr, G: tl.constexpr):
+    """The largest over all groups of what they shared as sum number `slot`, at least 0: [BM]."""
+    largest = tl.zeros([BM], dtype=tl.float32)
+    for group in range(0, G):
+        value = tl.load(partials + (group * SUMS + slot) * BM + tl.arange(0, BM))
+        largest = tl.maximum(largest, value)
+    return largest

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .anderson import SLOTS, column_of, mixture, remember, valid, with_column
-from .schedule import gather, meet, share
+from .schedule import SUMS, gather, share
 
 PATIENCE = tl.constexpr(20)
 RISE = tl.constexpr(10.0)
@@ -32,6 +32,7 @@ CONVERGED = tl.constexpr(0)
 AT_MAX_STEPS = tl.constexpr(1)
 STAGNATED = tl.constexpr(2)
 NON_FINITE = tl.constexpr(3)
+SAVED = tl.constexpr(9)
 
 
 @triton.jit
@@ -59,31 +60,33 @@ def record(t, z, f, g, history, tile, step, g2, f2, dots, M: tl.constexpr):
 
 
 @triton.jit
-def exchange(
-    partials, counter, meeting, step, group, g2, f2, dots,
-    G: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, COOPERATIVE: tl.constexpr,
+def share_sums(
+    partials, step, group, g2, f2, dots,
+    G: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Adds the groups' parts of g2, f2 [BM] and dots [BM, 8] where programs share a row.
+    """Stores a group's part of g2, f2 [BM] and dots [BM, 8] where the groups are programs.
 
-    partials: (2, G, 2 + 8, BM), of this row block; the two halves serve even and odd steps.
+    partials: (2, G, SUMS, BM), of this row block; the two halves serve even and odd steps.
     """
-    if COOPERATIVE:
-        here = partials + (step % 2) * (G * (SLOTS + 2) * BM)
+    if SPREAD:
+        here = partials + (step % 2) * (G * SUMS * BM)
         share(here, 0, g2, group, BM)
         share(here, 1, f2, group, BM)
         if M > 0:
             slot = (tl.arange(0, SLOTS)[None, :] + 2) * BM + tl.arange(0, BM)[:, None]
-            tl.store(here + group * ((SLOTS + 2) * BM) + slot, dots)
-        meet(counter, meeting, G, COOPERATIVE)
-        g2 = gather(here, 0, BM, G)
-        f2 = gather(here, 1, BM, G)
-        if M > 0:
-            dots = tl.zeros([BM, SLOTS], dtype=tl.float32)
-            for other in range(0, G):
-                dots += tl.load(here + other * ((SLOTS + 2) * BM) + slot)
-    else:
-        tl.debug_barrier()
-    return g2, f2, dots
+            tl.store(here + group * (SUMS * BM) + slot, dots)
+
+
+@triton.jit
+def gather_sums(partials, step, G: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
+    """g2, f2 [BM] and dots [BM, 8] over all groups, from what `share_sums` stored."""
+    here = partials + (step % 2) * (G * SUMS * BM)
+    dots = tl.zeros([BM, SLOTS], dtype=tl.float32)
+    if M > 0:
+        slot = (tl.arange(0, SLOTS)[None, :] + 2) * BM + tl.arange(0, BM)[:, None]
+        for group in range(0, G):
+            dots += tl.load(here + group * (SUMS * BM) + slot)
+    return gather(here, 0, BM, G), gather(here, 1, BM, G), dots
 
 
 @triton.jit
@@ -150,15 +153,12 @@ def advance(
     """
     newest = (step % M).to(tl.int64) if M > 0 else tl.zeros([], tl.int64)
     rows = tl.arange(0, BM)[:, None] * W
-    back = 1.0 - tl.exp2(-restarts.to(tl.float32))
     if M > 1:
         remember(gram, dots, step, M, BM)
         tl.debug_barrier()
         weights = mixture(gram, step, first, ridge, M, BM, RELATIVE)
     for group in range(first_group, last_group):
         tile = rows + (group * P + tl.arange(0, P))[None, :]  # [BM, P]
-        new = tl.load(f + newest * history + tile)
-        change = tl.load(g + newest * history + tile)
         if M > 1:
             following = tl.zeros([BM, P], dtype=tl.float32)
             for j in range(0, tl.minimum(M, step + 1)):
@@ -168,7 +168,9 @@ def advance(
                     past = tl.load((g + history * j) + tile, mask=counts, other=0.0)
                     old -= (1.0 - mixing) * past
                 following += column_of(weights, j)[:, None] * old
-        else:
+        new = tl.load(f + newest * history + tile)
+        change = tl.load(g + newest * history + tile)
+        if M <= 1:
             following = new - (1.0 - mixing) * change
         if TRUNCATED:
             new = following
@@ -176,6 +178,7 @@ def advance(
         tl.store(best_g + tile, change, mask=improved[:, None])
         if tl.max(lost.to(tl.int32), 0) > 0:
             # A row that improved is not lost: its stores above do not race with these loads.
+            back = 1.0 - tl.exp2(-restarts.to(tl.float32))
             best = tl.load(best_f + tile, mask=lost[:, None], other=0.0)
             step_back = tl.load(best_g + tile, mask=lost[:, None], other=0.0)
             following = tl.where(lost[:, None], best - back[:, None] * step_back, following)
@@ -195,8 +198,8 @@ def finish(
     Pointers are those of the program's first row; status, steps, residual, trace are written by the
     program of group 0. Rows: alive (not ended), running (alive and not waiting), best residual and
     the step it fell in, restarts, first step that counts, done (evaluations so far), all [BM];
-    exact: whether the products are, a scalar. Returns all eight, and the step, as the next one
-    finds them but for its number.
+    exact: whether the products are, a scalar. Returns all eight, and the step's number, as the next
+    step finds them.
     """
     local = tl.arange(0, BM)
     done += running.to(tl.int32)
@@ -263,14 +266,69 @@ def finish(
         first = tl.where(switch, 0, first)
         # Steps count anew, so that the slots of the history do not tell when others were ready.
         step = tl.min(tl.where(switch, -1, local * 0 + step), 0)
-    return alive, running, best, improved_at, restarts, first, done, exact, step
+    return alive, running, best, improved_at, restarts, first, done, exact, step + 1
 
 
 @triton.jit
-def fresh(BM: tl.constexpr):
-    """best, improved_at, restarts, first and done before the first step; all [BM]."""
+def fresh(alive, max_steps, BM: tl.constexpr, LADDER: tl.constexpr):
+    """What `finish` returns after alive, as the first step finds it, for rows alive [BM]."""
     zero = tl.zeros([BM], dtype=tl.int32)
-    return tl.full([BM], float("inf"), dtype=tl.float32), zero, zero, zero, zero
+    step = tl.min(zero, 0)
+    exact = step + 1
+    if LADDER != "":
+        exact = tl.where(max_steps > 1, 0, 1)
+    best = tl.full([BM], float("inf"), dtype=tl.float32)
+    return alive, best, zero, zero, zero, zero, exact, step
+
+
+@triton.jit
+def store_rows(
+    saved, ended_blocks, first_group, alive, running, best, improved_at, restarts, first, done,
+    exact, step, BM: tl.constexpr,
+):  # fmt: skip
+    """Stores what `finish` returns for the next launch, and counts a row block that has ended.
+
+    saved: int32 (SAVED, BM), of this program; ended_blocks: int32, for whoever launches the steps.
+    """
+    if (tl.max(alive.to(tl.int32), 0) == 0) & (first_group == 0):
+        tl.atomic_add(ended_blocks, 1)
+    at = saved + tl.arange(0, BM)
+    tl.store(at, alive.to(tl.int32))
+    tl.store(at + BM, running.to(tl.int32))
+    tl.store(at + 2 * BM, best.to(tl.int32, bitcast=True))
+    tl.store(at + 3 * BM, improved_at)
+    tl.store(at + 4 * BM, restarts)
+    tl.store(at + 5 * BM, first)
+    tl.store(at + 6 * BM, done)
+    tl.store(at + 7 * BM, tl.zeros([BM], dtype=tl.int32) + exact)
+    tl.store(at + 8 * BM, tl.zeros([BM], dtype=tl.int32) + step)
+
+
+@triton.jit
+def load_rows(saved, BM: tl.constexpr):
+    """What `store_rows` stored, in its order."""
+    at = saved + tl.arange(0, BM)
+    return (
+        tl.load(at) != 0,
+        tl.load(at + BM) != 0,
+        tl.load(at + 2 * BM).to(tl.float32, bitcast=True),
+        tl.load(at + 3 * BM),
+        tl.load(at + 4 * BM),
+        tl.load(at + 5 * BM),
+        tl.load(at + 6 * BM),
+        tl.load(saved + 7 * BM),
+        tl.load(saved + 8 * BM),
+    )
+
+
+@triton.jit
+def report_nothing(status, steps, residual, live, first_group, BM: tl.constexpr):
+    """What rows that take no part report; the others overwrite it when they end."""
+    if first_group == 0:
+        local = tl.arange(0, BM)
+        tl.store(status + local, local * 0, mask=live)
+        tl.store(steps + local, local * 0, mask=live)
+        tl.store(residual + local, tl.zeros([BM], dtype=tl.float32), mask=live)
 
 
 @triton.jit

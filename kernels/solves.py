@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from .config import GRADIENT_TILES, GRADIENTS, Config, SolveOptions
+from .fusion import PHASES as FUSION_PHASES
 from .fusion import fusion_solve_kernel
+from .fusion_adjoint import PHASES as FUSION_ADJOINT_PHASES
 from .fusion_adjoint import fusion_adjoint_kernel
 from .gradients import parameter_gradients_kernel
 from .launch import Plan, capability, launch, solved
 from .layout import Layout
+from .modality import PHASES as MODALITY_PHASES
 from .modality import modality_solve_kernel
+from .modality_adjoint import PHASES as MODALITY_ADJOINT_PHASES
 from .modality_adjoint import modality_adjoint_kernel
 from .packing import packed
 
@@ -84,7 +88,7 @@ def solve_modality(
         present: bool (K, R) or None; absent modalities keep state 0, CONVERGED, 0 steps.
         tolerance: () float tensor in place of `options.rtol`.
         record: whether to return the trace.
-        config: schedule and tiles; None: `default_config`.
+        config: schedule and tiles; None: `kernels.cost.default_config`.
 
     Raises:
         ValueError: for a width that no schedule supports; as `launch` does.
@@ -114,6 +118,7 @@ def solve_modality(
                 "SKIP": skip, "INIT": init is not None, "PRESENT": present is not None,
                 "TOLERANCE": tolerance is not None, "TRACE": record,
             },
+            MODALITY_PHASES,
         )  # fmt: skip
         return Solved(out, *outcome, trace)
 
@@ -172,6 +177,7 @@ def adjoint_modality(
                 plan.empty(count, plan.size), left, right, sums, *plan.history(),
             ),
             {"SKIP": skip, "PRESENT": present is not None, "TRUNCATED": options.truncated},
+            MODALITY_ADJOINT_PHASES,
         )  # fmt: skip
         found = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
         vectors = (*found[1:4], *found[5:])
@@ -249,6 +255,7 @@ def solve_fusion(
                 **_fusion_flags(gate, tail, gate_mask, fusion_mask, count),
                 "INIT": init is not None, "TOLERANCE": tolerance is not None, "TRACE": record,
             },
+            FUSION_PHASES,
         )  # fmt: skip
         return Solved(out.unsqueeze(0), *outcome, trace)
 
@@ -320,6 +327,7 @@ def adjoint_fusion(
                 **_fusion_flags(gate, tail, gate_mask, fusion_mask, count),
                 "TRUNCATED": options.truncated,
             },
+            FUSION_ADJOINT_PHASES,
         )  # fmt: skip
         found = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
         gate_weight, gate_bias, weight, *rest = found

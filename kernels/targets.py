@@ -1,6 +1,6 @@
 """Programs compiled ahead of time for devices that are not there, and what they need.
 
-    python -m deqfusion.kernels.targets [--target sm_90 ...]
+    python -m deqfusion.kernels.targets [--target sm_90 ...] [--dim 500 ...]
 
 Compiles every program in its shipped configurations and prints, per program and target, registers,
 stack (bytes spilled per thread), shared memory and the tensor-core instructions of its products.
@@ -47,11 +47,19 @@ TARGETS = {
 """Shared memory: CUDA C++ programming guide, table of compute capabilities (163 and 227 KB per
 block); AMD CDNA3 instruction set guide (64 KB of LDS per workgroup)."""
 
+PRODUCTS = {
+    "modality": (2, 3),
+    "fusion": (2, 3, 4),
+    "modality adjoint": (2, 3, 5, 6, 9),
+    "fusion adjoint": (2, 3, 5, 6, 9, 10),
+}
+"""Phases of schedule step that multiply."""
+
 _TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|v_mfma\w*)")
 
 
 _TYPES = {
-    **dict.fromkeys(("status", "steps", "solved", "counters"), "*i32"),
+    **dict.fromkeys(("status", "steps", "solved", "counters", "saved"), "*i32"),
     "present": "*i8",
     **dict.fromkeys(
         ("low", "low1", "low2", "lowg", "lowf", "lowb1", "lowb2", "lowbg", "lowbf"), "*bf16"
@@ -83,7 +91,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Report:
-    """What one program needs on one target; stack and shared in bytes, -1 where not known."""
+    """What one program needs on one target; stack and shared in bytes, -1 where not known.
+
+    multiplies: whether it has matrix products; whole_tile: whether theirs should be HGMMA, of 64
+    rows on sm_90.
+    """
 
     program: str
     target: str
@@ -92,6 +104,7 @@ class Report:
     shared: int
     products: dict[str, int]
     multiplies: bool = True
+    whole_tile: bool = False
 
     def faults(self) -> list[str]:
         """Why the program must not be shipped; empty if it may."""
@@ -105,6 +118,8 @@ class Report:
             found.append(f"needs {self.shared} bytes of shared memory, the device has {limit}")
         if not self.products and self.multiplies:
             found.append("multiplies without tensor cores")
+        if self.whole_tile and self.multiplies and "HGMMA" not in self.products:
+            found.append("has 64 rows and no HGMMA")
         return found
 
     def __str__(self) -> str:
@@ -134,13 +149,28 @@ def kernels() -> dict[str, Any]:
     }
 
 
-def programs(target: str) -> list[Program]:
-    """The shipped configurations at two of the paper's widths: N = 3, G = 4, the default solver."""
+def phases() -> dict[str, tuple[int, int, int]]:
+    """How many phases the start, a step and the end of each solve's kernel are."""
+    from . import fusion, fusion_adjoint, modality, modality_adjoint
+
+    return {
+        "modality": modality.PHASES,
+        "fusion": fusion.PHASES,
+        "modality adjoint": modality_adjoint.PHASES,
+        "fusion adjoint": fusion_adjoint.PHASES,
+    }
+
+
+DIMS = (128, 500)
+
+
+def programs(target: str, dims: Sequence[int] = DIMS) -> list[Program]:
+    """The shipped configurations at some widths: N = 3, G = 4, the default solver."""
     precision = "tf32" if TARGETS[target].backend == "hip" else "tf32x3"
     found = []
     arch = TARGETS[target].arch
     capability = arch if isinstance(arch, int) else 0
-    for dim in (128, 500):
+    for dim in dims:
         layout = Layout(dim, 4)
         solve = {
             "DIM": dim, "G": layout.groups, "P": layout.padded, "M": 5, "RELATIVE": True,
@@ -160,13 +190,19 @@ def programs(target: str) -> list[Program]:
             ):
                 if schedule not in shipped_schedules("adjoint" in kernel, capability):
                     continue
-                config = shipped(schedule, adjoint="adjoint" in kernel, capability=capability)
+                config = shipped(
+                    schedule, adjoint="adjoint" in kernel, capability=capability,
+                    padded=layout.padded,
+                )  # fmt: skip
                 tiles = {
                     "BM": config.rows, "BK": min(config.depth, layout.padded),
                     "COOPERATIVE": schedule == "cooperative",
                 }  # fmt: skip
-                name = f"{kernel} {schedule} d={dim}"
-                found.append(Program(name, kernel, {**solve, **tiles, **constants}, config))
+                together = schedule != "step"
+                for phase in (0,) if together else range(1, sum(phases()[kernel]) + 1):
+                    name = f"{kernel} {schedule} {'' if together else f'{phase} '}d={dim}"
+                    given = {**solve, **tiles, **constants, "PHASE": phase}
+                    found.append(Program(name, kernel, given, config))
         packs = {
             "J": 2, "V": 8, "DIM": dim, "G": layout.groups, "P": layout.padded, "BT": 32,
             "BACKWARD": True, "LOW": True,
@@ -192,6 +228,12 @@ def programs(target: str) -> list[Program]:
                 )
             )
     return found
+
+
+def multiplies(program: Program) -> bool:
+    """Whether a program has matrix products: packing and some phases of schedule step have none."""
+    phase = program.constants.get("PHASE", 0)
+    return program.kernel != "pack" and (phase == 0 or phase in PRODUCTS[program.kernel])
 
 
 def compiled(program: Program, target: str) -> Report:
@@ -241,7 +283,7 @@ def compiled(program: Program, target: str) -> Report:
         products[name] = products.get(name, 0) + 1
     return Report(
         program.name, target, registers, stack, binary.metadata.shared, products,
-        program.kernel != "pack",
+        multiplies(program), target == "sm_90" and program.config.rows >= 64,
     )  # fmt: skip
 
 
@@ -285,11 +327,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--target", action="append", choices=list(TARGETS), help="repeatable; default: all"
     )
+    parser.add_argument(
+        "--dim", action="append", type=int, help=f"width, repeatable; default: {DIMS}"
+    )
     options = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)
     failed = False
     for target in options.target or TARGETS:
-        for program in programs(target):
+        for program in programs(target, options.dim or DIMS):
             report = compiled(program, target)
             print(report, flush=True)
             for fault in report.faults():

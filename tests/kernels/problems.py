@@ -134,6 +134,15 @@ def tensors(result: dict[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
+def same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """Checks that two results are equal, bit by bit."""
+    for name, value in tensors(one).items():
+        assert torch.equal(value, tensors(two)[name]), name
+    for name, (status, steps) in outcomes(one).items():
+        assert torch.equal(status, outcomes(two)[name][0]), name
+        assert torch.equal(steps, outcomes(two)[name][1]), name
+
+
 def outcomes(result: dict[str, Any]) -> dict[str, Any]:
     """(status, steps) of the solves, rows last."""
     found = {}

@@ -3,8 +3,9 @@
 import pytest
 
 from deqfusion.cli import main
-from deqfusion.kernels.config import Config
-from deqfusion.kernels.cost import DEVICES, LATENCY, predict
+from deqfusion.kernels.config import SCHEDULES, Config, shipped
+from deqfusion.kernels.cost import DEVICES, LATENCY, default_config, predict
+from deqfusion.kernels.layout import Layout
 
 H200 = DEVICES["h200"]
 ROW, TOGETHER = Config("row"), Config("cooperative")
@@ -34,10 +35,34 @@ def test_padding_precision_and_waves_count():
 def test_groups_apart_stream_less_and_meet():
     alone = predict("fusion", 16, 512, 2, H200, ROW)
     together = predict("fusion", 16, 512, 2, H200, TOGETHER)
-    assert together.bytes == pytest.approx(alone.bytes / 4)
+    # All read the rows whole, as what they multiply.
+    assert together.bytes == pytest.approx(alone.bytes / 4 + 2 * 0.75 * 16 * 512 * 4)
     assert together.step < alone.step
     small = [predict("fusion", 16, 32, 2, H200, config).step for config in (ROW, TOGETHER)]
     assert small[1] > small[0]
+
+
+def test_a_launch_for_every_phase_pays_for_many_rows():
+    step = Config("step", rows=64)
+    few, many = (
+        [predict("fusion", rows, 512, 2, H200, config).step for config in (ROW, step)]
+        for rows in (256, 65536)
+    )
+    assert few[0] < few[1]
+    assert many[0] > 1.3 * many[1]
+
+
+def test_the_default_where_nothing_was_tuned():
+    """Together while every program can be resident, by row, and by step for many wide rows."""
+    known = {"adjoint": False, "capability": 90}
+    for rows, dim, processors, schedule in (
+        (64, 500, 132, "cooperative"), (64, 64, 132, "row"), (612, 500, 132, "row"),
+        (8192, 512, 132, "step"), (8192, 512, 0, "row"), (0, 512, 132, "row"),
+    ):  # fmt: skip
+        chosen = default_config(rows, Layout(dim, 4), 3, processors, **known)
+        assert chosen == shipped(schedule, padded=Layout(dim, 4).padded, **known)
+    old = default_config(64, Layout(500, 4), 3, 108, adjoint=True, capability=80)
+    assert old.schedule != "cooperative"
 
 
 @pytest.mark.parametrize("target", DEVICES)
@@ -46,7 +71,7 @@ def test_every_device_says_where_its_constants_come_from(target, capsys):
     assert main(["bench", "--predict", target, "--shape", "64,128,2"]) == 0
     printed = capsys.readouterr().out
     assert "predicted, not measured" in printed
-    assert "cooperative" in printed
+    assert all(schedule in printed for schedule in SCHEDULES)
     assert DEVICES[target].source in printed
 
 

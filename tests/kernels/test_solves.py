@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from deqfusion import Status
-from deqfusion.kernels import solves
+from deqfusion.kernels import launch, solves
 from deqfusion.kernels.config import Config, SolveOptions
-from tests.kernels.problems import CONFIG, Problem, compare, tensors
+from tests.kernels.problems import CONFIG, Problem, compare, same, tensors
 
 TIGHT = SolveOptions(rtol=1e-5)
 
@@ -68,10 +68,79 @@ def test_masks_and_warm_start(width):
 def test_groups_that_are_programs_of_their_own():
     """With one group nobody waits, so that schedule cooperative runs in the interpreter."""
     problem = Problem.new(12, num_groups=1)
-    together = compare(problem, TIGHT, Config("cooperative", depth=16))
-    alone = compare(problem, TIGHT, CONFIG)
-    for name, value in tensors(alone).items():
-        assert torch.equal(value, tensors(together)[name]), name
+    same(compare(problem, TIGHT, Config("cooperative", depth=16)), compare(problem, TIGHT, CONFIG))
+
+
+STEP = Config("step", depth=16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"gate_input": "concat", "gate": "identity"}, {"tail": "norm_relu"},
+     {"skip": True, "gate": "identity", "tail": "norm_relu"},
+     {"dim": 15, "num_groups": 3, "rows": 17, "count": 1}],
+)  # fmt: skip
+def test_schedule_step_is_row_in_more_launches(change):
+    """Bit by bit, for every option of the cell; row itself is held against fp64 above."""
+    problem = Problem.new(**change)
+    states = problem.features, problem.injection
+    one, two = (problem.programs(FEW, states, config) for config in (CONFIG, STEP))
+    same(one, two)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ladder": True, "rtol": 1e-3}, {"memory": 0, "mixing": 0.7, "max_steps": 4},
+     {"memory": 8, "relative": False, "ridge": 1e-4, "max_steps": 10, "atol": 1e-3}],
+)  # fmt: skip
+def test_schedule_step_with_options_of_the_solver(change):
+    masks = {
+        "gate_mask": torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]).unsqueeze(-1),
+        "fusion_mask": torch.rand(3, 16),
+        "present": torch.tensor([[True, False, True], [True, True, True]]),
+        "init": torch.randn(2, 3, 16),
+    }
+    problem = Problem.new()
+    problem.features[0, 0, 3] = torch.nan
+    states = problem.features.nan_to_num(), problem.injection
+    options = SolveOptions(**change)
+    one, two = (problem.programs(options, states, config, **masks) for config in (CONFIG, STEP))
+    same(one, two)
+
+
+def test_schedule_step_of_a_truncated_adjoint():
+    problem = Problem.new()
+    options = SolveOptions(max_steps=4, mixing=0.5, memory=0, truncated=True)
+    states = problem.features, problem.injection
+    status = torch.zeros(2, 3, dtype=torch.int32)
+    one, two = (
+        solves.adjoint_modality(
+            problem.gradient, states[0], status, problem.features, problem.modality, 2, False,
+            options, config=config,
+        )
+        for config in (CONFIG, STEP)
+    )  # fmt: skip
+    assert torch.equal(one[0], two[0])
+    assert all(map(torch.equal, one[1], two[1]))
+
+
+def test_schedule_step_launches_no_more_than_it_needs(monkeypatch):
+    """Steps end with the last row, long before max_steps."""
+    phases = []
+    one = launch.launch
+
+    def counted(kernel, grid, arguments, constants, *rest):
+        phases.append(constants.get("PHASE"))
+        return one(kernel, grid, arguments, constants, *rest)
+
+    monkeypatch.setattr(launch, "launch", counted)
+    problem = Problem.new()
+    got = solves.solve_modality(
+        problem.features, problem.modality, 2, False, SolveOptions(max_steps=400), config=STEP
+    )
+    steps = int(got.steps.max())
+    assert steps < 40
+    assert phases == [1] + [2, 3, 4] * steps + [5]
 
 
 def test_rows_that_are_not_finite():
@@ -184,7 +253,7 @@ def test_options_out_of_range(options, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [({"rows": 24}, "rows: got 24, expected a power of two"), ({"warps": 0}, "warps: got 0"),
-     ({"schedule": "fast"}, "schedule: got 'fast', expected one of row, cooperative")],
+     ({"schedule": "fast"}, "schedule: got 'fast', expected one of row, cooperative, step")],
 )  # fmt: skip
 def test_configs_out_of_range(config, message):
     with pytest.raises(ValueError, match=message):

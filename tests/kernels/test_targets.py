@@ -12,21 +12,25 @@ from deqfusion.kernels.targets import TARGETS, Report
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shipped_configurations(target):
+    """Both widths on sm_90; elsewhere the wider, whose tiles need more of everything."""
     # A process of its own: the interpreter, under which these tests run, compiles nothing.
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    widths = [] if target == "sm_90" else ["--dim", "500"]
     done = subprocess.run(
-        [sys.executable, "-m", "deqfusion.kernels.targets", "--target", target],
+        [sys.executable, "-m", "deqfusion.kernels.targets", "--target", target, *widths],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    # Below sm_90 the adjoints, two at two widths, are shipped in schedule row only.
-    assert len(lines) == (18 if target == "sm_80" else 22)
+    # Of a width: 4 solves in row, 4 in cooperative (below sm_90 no adjoints), 30 phases of step,
+    # one pack and two kernels of gradients.
+    each = 3 + 30 + (6 if target == "sm_80" else 8)
+    assert len(lines) == (2 * each if target == "sm_90" else each)
     for line in lines:
         assert re.search(rf" {target} .*registers +[1-9]\d*  stack +0  shared +\d", line), line
-        if line.startswith("pack"):
-            continue
-        assert re.search(r"[1-9]\d* (HMMA|HGMMA|UTCHMMA|v_mfma\w*)$", line), line
+    products = [re.search(r"[1-9]\d* (HMMA|HGMMA|UTCHMMA|v_mfma\w*)$", line) for line in lines]
+    # Of the phases 16 multiply.
+    assert sum(map(bool, products)) == len(lines) - (1 + 14) * len(lines) // each
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,4 @@ def test_faults(stack, shared, products, fault):
     (found,) = Report("program", "sm_90", 100, stack, shared, products).faults()
     assert fault in found
     assert not Report("program", "sm_90", 100, 0, 0, {"HMMA": 1}).faults()
+    assert Report("program", "sm_90", 100, 0, 0, {"HMMA": 1}, whole_tile=True).faults()
