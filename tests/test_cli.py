@@ -41,6 +41,18 @@ def refuse(error: BaseException) -> Callable[[argparse.Namespace], int]:
     return run
 
 
+def error_line(arguments: list[str], program: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line with which arguments that do not parse are refused."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(program)
+    return captured.err
+
+
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])
@@ -73,18 +85,23 @@ def test_modules_register_the_commands_listed_for_them_and_no_other(module: str)
 def test_missing_and_unknown_commands_are_refused(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
+    assert "COMMAND" in error_line(arguments, "deqfusion", capsys)
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
-def test_unknown_options_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--no-such-option"])
-    assert stop.value.code == 2
-    assert "error:" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--no-such-option", "--two\nlines"])
+def test_unknown_options_are_refused(
+    command: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error_line([command, option], "deqfusion", capsys)
+
+
+def test_arguments_are_refused_in_the_name_of_their_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = error_line(["train", "rosmap", "--epochs", "0"], "deqfusion train rosmap", capsys)
+    assert "argument --epochs: got '0', expected" in error
+    assert error.endswith("(see deqfusion train rosmap --help)\n")
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (2, 2)])
