@@ -7,10 +7,11 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from deqfusion import cli
+from deqfusion import cli, kernels
 from deqfusion.solution import ConvergenceError
 
 Install = Callable[[Callable[[argparse.Namespace], int | None]], None]
@@ -166,6 +167,41 @@ def test_mistakes_in_the_program_are_not_hidden(stand_in: Install) -> None:
     stand_in(refuse(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):
         cli.main(["work"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "demo --out out",
+        "train rosmap --data-dir nowhere --out out",
+        "evaluate --data-dir nowhere --checkpoint nowhere",
+        "bench --out out",
+    ],
+)
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("triton", "DEQFUSION_BACKEND=triton: got CPU tensors, expected"),
+        ("nonsense", "DEQFUSION_BACKEND: got 'nonsense', expected"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_written(
+    arguments: str,
+    backend: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEQFUSION_BACKEND", backend)
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    assert cli.main(arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"deqfusion: error: {message}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("module", ["deqfusion", "deqfusion.cli"])

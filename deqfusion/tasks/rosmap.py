@@ -33,6 +33,7 @@ from ..data import (
     repeated_splits,
     stratified_holdout,
 )
+from ..ops import checked_implementation
 from .classifier import MultimodalClassifier
 from .config import FIELDS, fault, read_run
 from .engine import HISTORY_COLUMNS, FitOptions, Rows, TrainingDivergedError, check_penalty, fit
@@ -151,8 +152,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: the data folder is not what it should be.
         CheckpointError: `--out` holds a run that cannot be, or should not be, continued.
-        ValueError: options that do not fit together.
+        ValueError: options that do not fit together, or a `DEQFUSION_BACKEND` that cannot run.
     """
+    checked_implementation(torch.device("cpu"))
     stored = _complete(args)
     data = load_mogonet(args.data_dir, args.modalities)
     config = _config(args, data)
@@ -194,7 +196,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     Raises:
         CheckpointError: the run is missing, unfinished, damaged, or somebody else's.
         DataError: the data folder is not what it should be, or does not fit the model.
+        ValueError: a `DEQFUSION_BACKEND` that cannot run.
     """
+    checked_implementation(torch.device("cpu"))
     folder = RunDirectory(args.checkpoint)
     config = read_run(folder.path)
     if config["splits"]:
