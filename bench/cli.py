@@ -57,9 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
         0, or 1 if our own implementation missed the target residual in some case.
 
     Raises:
-        ValueError: naming an unknown suite or contender, or an option that does not parse.
+        ValueError: naming an unknown suite or contender, or an option that does not parse; a
+            `DEQFUSION_BACKEND` that cannot run.
         OSError: if the folder cannot be written.
     """
+    import torch
+
+    from deqfusion.ops import checked_implementation
+
     from . import contenders, report, runner, suites
 
     if arguments.list:
@@ -73,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(cost.table(shape.batch, shape.dim, shape.num_modalities, arguments.predict))
             print()
         return 0
+    checked_implementation(torch.device("cpu"))
     for name in suite.contenders:
         contenders.get(name)
     out = _writable(Path(arguments.out))

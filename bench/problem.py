@@ -38,7 +38,10 @@ class Shape:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % NUM_GROUPS:
-            raise ValueError(f"dim must be a multiple of {NUM_GROUPS} (groups), got {self.dim}")
+            raise ValueError(
+                f"shape {self}: its width d must be a multiple of {NUM_GROUPS}, the number of "
+                f"groups of the normalisations, got {self.dim}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Shape:

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from typing import NoReturn
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
@@ -28,6 +29,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("deqfusion.bench", "time equilibrium fusion against other implementations"),
     "doctor": ("deqfusion.doctor", "say what is installed, what runs where, and whether it works"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, its commands' parsers alike, that refuses arguments in one line, without usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with code 2 and the message on standard error."""
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def chosen_command(arguments: Sequence[str]) -> str | None:
@@ -46,7 +55,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     Returns:
         A parser whose result holds ``run``, a function of that result that returns an exit code.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="deqfusion",
         description="Deep equilibrium multimodal fusion.",
         epilog="deqfusion COMMAND --help lists a command's options.",
@@ -66,7 +75,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """Return an error's message on one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from importlib import metadata
 from typing import Any
@@ -37,6 +38,7 @@ VARIABLES = (
 )
 # Devices that operators can be registered for, with the dispatcher's key.
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_REFUSED = "none: every solve is refused"
 COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
@@ -98,27 +100,35 @@ def implementations(registered: dict[str, list[str]]) -> dict[str, dict[str, str
         chosen = {device: ops.implementation(device) for device in DISPATCH_KEYS}
     except ValueError as error:
         return {
-            device: {"implementation": "none: every solve is refused", "reason": str(error)}
-            for device in DISPATCH_KEYS
+            device: {"implementation": _REFUSED, "reason": str(error)} for device in DISPATCH_KEYS
         }
-    usable, programs = kernels.status()
     result = {}
     for device in DISPATCH_KEYS:
         without = [name for name, devices in registered.items() if device not in devices]
         if without or not registered:
             answer = ("none", f"not registered: {', '.join(without) or 'any operator'}")
         elif chosen[device] == "triton":
-            name = "triton" if usable else "none: every solve is refused"
-            reason = programs
-            if device == "cpu" and usable and not kernels.interpreted():
-                name, reason = "none: every solve is refused", "TRITON_INTERPRET=1 is not set"
-            answer = (name, reason)
+            answer = _programs(device)
         elif ops.backend() == "reference":
             answer = ("reference", "DEQFUSION_BACKEND=reference asks for it")
         else:
             answer = ("reference", "the implementation for CPU tensors, in PyTorch")
+        if device == "cuda" and not without and not torch.cuda.is_available():
+            answer = ("no device", f"with one, {': '.join(answer)}")
         result[device] = dict(zip(("implementation", "reason"), answer, strict=True))
     return result
+
+
+def _programs(device: str) -> tuple[str, str]:
+    """Implementation and reason where the programs are to run."""
+    usable, reason = kernels.status()
+    if not usable:
+        return _REFUSED, reason
+    if kernels.interpreted():
+        return "triton", f"in Triton's interpreter, which is for tests and slow; {reason}"
+    if device == "cpu":
+        return _REFUSED, "TRITON_INTERPRET=1 is not set"
+    return "triton", reason
 
 
 def ladder() -> dict[str, Any]:
@@ -131,12 +141,14 @@ def ladder() -> dict[str, Any]:
     return {"on": fast_bfloat16(), "reason": reason}
 
 
-def self_test(device: str, rows: int = 16, dim: int = 64, modalities: int = 3) -> dict[str, Any]:
+def self_test(device: str) -> dict[str, Any]:
     """Solve a small problem forward and backward, and check the answer in float64.
+
+    In Triton's interpreter, which takes most of a second for a step, the problem is smaller still,
+    there is no first call, and a line on standard error says that it takes a while.
 
     Args:
         device: where to run.
-        rows, dim, modalities: the problem's size.
 
     Returns:
         ``ok``; ``steps``, the largest count over rows and blocks; ``residual``, the largest
@@ -144,6 +156,12 @@ def self_test(device: str, rows: int = 16, dim: int = 64, modalities: int = 3) -
         ``milliseconds`` for forward and backward after a first call; ``error``, None or what
         went wrong.
     """
+    rows, dim, modalities = 16, 64, 3
+    interpreted = _interpreted(torch.device(device).type)
+    if interpreted:
+        rows, dim, modalities = 4, 32, 2
+        message = f"deqfusion: self-test on {device} in Triton's interpreter, about 15 seconds"
+        print(message, file=sys.stderr, flush=True)
     tolerance = 1e-3
     outcome: dict[str, Any] = {"ok": False, "tolerance": tolerance, "error": None}
     with torch.random.fork_rng(devices=[]):
@@ -152,7 +170,8 @@ def self_test(device: str, rows: int = 16, dim: int = 64, modalities: int = 3) -
         features = torch.randn(modalities, rows, dim)
     fusion, features = fusion.to(device), features.to(device).requires_grad_()
     try:
-        fusion(features).sum().backward()
+        if not interpreted:
+            fusion(features).sum().backward()
         started = time.perf_counter()
         eq = fusion.equilibrium(features)
         (gradient,) = torch.autograd.grad(eq.fused.sum(), features)
@@ -175,6 +194,14 @@ def self_test(device: str, rows: int = 16, dim: int = 64, modalities: int = 3) -
         outcome["error"] = "the gradient is not finite"
     outcome["ok"] = outcome["error"] is None
     return outcome
+
+
+def _interpreted(device: str) -> bool:
+    """Whether solves on a kind of device run in Triton's interpreter."""
+    try:
+        return ops.implementation(device) == "triton" and kernels.interpreted()
+    except ValueError:
+        return False
 
 
 def missing(found_gpus: list[dict[str, Any]]) -> list[str]:

@@ -30,7 +30,7 @@ from deqfusion.reference import adjoint, joint, solve
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.reference.solve import SolverOptions
 
-__all__ = ["BACKENDS", "backend", "implementation"]
+__all__ = ["BACKENDS", "backend", "checked_implementation", "implementation"]
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -86,6 +86,18 @@ def implementation(device: str, operator: str = "modality_equilibrium") -> str:
     return "triton" if asked == "triton" or device == "cuda" else "reference"
 
 
+def checked_implementation(device: torch.device) -> str:
+    """As `implementation`, of the solves on a device, having checked that it can run there.
+
+    Raises:
+        ValueError: as `backend` and `deqfusion.programs.available` do.
+    """
+    name = implementation(device.type)
+    if name == "triton":
+        programs.available(device)
+    return name
+
+
 def _split(values: tuple[Any, ...], *counts: int) -> list[tuple[Any, ...]]:
     """Cuts `values` into runs of the given lengths and the rest."""
     out, at = [], 0
@@ -98,10 +110,7 @@ def _split(values: tuple[Any, ...], *counts: int) -> list[tuple[Any, ...]]:
 
 def _triton(x: Tensor) -> bool:
     """Whether the Triton programs run on features x; checks that they can."""
-    if implementation(x.device.type) != "triton":
-        return False
-    programs.available(x.device)
-    return True
+    return checked_implementation(x.device) == "triton"
 
 
 # --- what each operator computes -----------------------------------------------------------------

@@ -158,7 +158,11 @@ def stack_features(features: Sequence[Tensor] | Tensor, modalities: int, dim: in
             f"(..., {dim}) or one tensor ({modalities}, ..., {dim})"
         )
     if len(parts) != modalities:
-        raise ValueError(f"features: got {len(parts)} modalities, expected {modalities}")
+        got, hint = f"{len(parts)} modalities", ""
+        if isinstance(features, Tensor):
+            got = f"one tensor of shape {tuple(features.shape)}, which has {got}"
+            hint = f"; {as_list(modalities)}"
+        raise ValueError(f"features: got {got}, expected {modalities}{hint}")
     for index, part in enumerate(parts):
         if not isinstance(part, Tensor):
             raise TypeError(
@@ -184,6 +188,14 @@ def stack_features(features: Sequence[Tensor] | Tensor, modalities: int, dim: in
                 "features[0]"
             )
     return features if isinstance(features, Tensor) else torch.stack(tuple(parts))
+
+
+def as_list(modalities: int) -> str:
+    """How features are passed, for who gave one argument for each of them."""
+    names = [f"x{index + 1}" for index in range(modalities)]
+    if modalities > 4:
+        names[2:-1] = ["..."]
+    return f"for features, pass a list: fusion([{', '.join(names)}])"
 
 
 def dtype(name: str, value: Any) -> None:
@@ -220,7 +232,10 @@ def mask(value: Tensor, leading: torch.Size, modalities: int) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"mask: got {type(value).__name__}, expected a tensor (..., {modalities})")
     if value.dtype != torch.bool:
-        raise TypeError(f"mask: got dtype {value.dtype}, expected torch.bool (True = missing)")
+        hint = f"; {as_list(modalities)}" if value.is_floating_point() else ""
+        raise TypeError(
+            f"mask: got dtype {value.dtype}, expected torch.bool (True = missing){hint}"
+        )
     expected = (*leading, modalities)
     if tuple(value.shape) != expected:
         raise ValueError(f"mask: got shape {tuple(value.shape)}, expected {expected}")
@@ -313,6 +328,8 @@ def state(value: Tensor, modalities: int, leading: torch.Size, dim: int, name: s
         )
     expected = (modalities + 1, *leading, dim)
     if tuple(value.shape) != expected:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
+        # With as many rows as modalities, the first of several arguments passes for all features.
+        hint = f"; {as_list(modalities)}" if tuple(value.shape) == (modalities, dim) else ""
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}{hint}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point dtype")

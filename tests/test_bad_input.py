@@ -462,3 +462,22 @@ def test_what_needs_an_equilibrium_says_so():
             call(fusion(x), x)
     with pytest.raises(TypeError, match=expected):
         fusion.modality_weights(fusion(x))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 6])
+@pytest.mark.parametrize("count", [2, 3])
+def test_features_as_separate_arguments(count, rows):
+    fusion = DEQFusion(16, count)
+    names = ", ".join(f"x{index + 1}" for index in range(count))
+    with pytest.raises((TypeError, ValueError)) as error:
+        fusion(*torch.randn(count, rows, 16))
+    assert f"pass a list: fusion([{names}])" in str(error.value)
+
+
+def test_one_feature_in_place_of_all():
+    message = (
+        r"features: got one tensor of shape \(6, 16\), which has 6 modalities, expected 5; "
+        r"for features, pass a list: fusion\(\[x1, x2, \.\.\., x5\]\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        DEQFusion(16, 5)(torch.randn(6, 16))

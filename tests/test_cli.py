@@ -7,10 +7,11 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from deqfusion import cli
+from deqfusion import cli, kernels
 from deqfusion.solution import ConvergenceError
 
 Install = Callable[[Callable[[argparse.Namespace], int | None]], None]
@@ -39,6 +40,18 @@ def refuse(error: BaseException) -> Callable[[argparse.Namespace], int]:
         raise error
 
     return run
+
+
+def error_line(arguments: list[str], program: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line with which arguments that do not parse are refused."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(program)
+    return captured.err
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,18 +86,23 @@ def test_modules_register_the_commands_listed_for_them_and_no_other(module: str)
 def test_missing_and_unknown_commands_are_refused(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
+    assert "COMMAND" in error_line(arguments, "deqfusion", capsys)
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
-def test_unknown_options_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--no-such-option"])
-    assert stop.value.code == 2
-    assert "error:" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--no-such-option", "--two\nlines"])
+def test_unknown_options_are_refused(
+    command: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error_line([command, option], "deqfusion", capsys)
+
+
+def test_arguments_are_refused_in_the_name_of_their_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = error_line(["train", "rosmap", "--epochs", "0"], "deqfusion train rosmap", capsys)
+    assert "argument --epochs: got '0', expected" in error
+    assert error.endswith("(see deqfusion train rosmap --help)\n")
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (2, 2)])
@@ -149,6 +167,41 @@ def test_mistakes_in_the_program_are_not_hidden(stand_in: Install) -> None:
     stand_in(refuse(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):
         cli.main(["work"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "demo --out out",
+        "train rosmap --data-dir nowhere --out out",
+        "evaluate --data-dir nowhere --checkpoint nowhere",
+        "bench --out out",
+    ],
+)
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("triton", "DEQFUSION_BACKEND=triton: got CPU tensors, expected"),
+        ("nonsense", "DEQFUSION_BACKEND: got 'nonsense', expected"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_written(
+    arguments: str,
+    backend: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEQFUSION_BACKEND", backend)
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    assert cli.main(arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"deqfusion: error: {message}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("module", ["deqfusion", "deqfusion.cli"])

@@ -105,16 +105,44 @@ def test_backend_asked_for_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.kernels, "status", lambda: (True, "Triton imports"))
     monkeypatch.setattr(doctor.kernels, "interpreted", lambda: False)
     answers = doctor.implementations(registered)
+    assert answers["cuda"]["implementation"] == "no device"
+    assert answers["cuda"]["reason"].startswith("with one, triton: ")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    answers = doctor.implementations(registered)
     assert answers["cuda"]["implementation"] == "triton"
     assert answers["cpu"] == {
         "implementation": "none: every solve is refused",
         "reason": "TRITON_INTERPRET=1 is not set",
+    }
+    monkeypatch.setattr(doctor.kernels, "interpreted", lambda: True)
+    answers = doctor.implementations(registered)
+    for device in ("cpu", "cuda"):
+        assert answers[device]["implementation"] == "triton"
+        assert "interpreter" in answers[device]["reason"]
+    monkeypatch.setattr(doctor.kernels, "status", lambda: (False, "Triton cannot be imported"))
+    answers = doctor.implementations(registered)
+    assert set(map(tuple, map(dict.values, answers.values()))) == {
+        ("none: every solve is refused", "Triton cannot be imported")
     }
     monkeypatch.setenv("DEQFUSION_BACKEND", "nonsense")
     refused = doctor.implementations(registered)
     assert "refused" in refused["cpu"]["implementation"]
     assert "nonsense" in refused["cpu"]["reason"]
     assert not doctor.self_test("cpu")["ok"]
+
+
+def test_self_test_in_the_interpreter_says_so_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "_interpreted", lambda device: True)
+    test = doctor.self_test("cpu")
+    assert test["ok"]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("deqfusion: self-test on cpu in Triton's interpreter, about")
+    monkeypatch.undo()
+    doctor.self_test("cpu")
+    assert capsys.readouterr().err == ""
 
 
 def test_operators_without_a_device_are_reported() -> None:

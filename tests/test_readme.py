@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import deqfusion
+from deqfusion import cli
 from deqfusion.bench import comparison
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,15 @@ def test_options_table_is_the_signature() -> None:
 def test_commands_exist(target: str) -> None:
     assert f"    make {target} " in README
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_commands_are_named_and_parse() -> None:
+    lines = re.findall(r"^    deqfusion (.*?) +#", README, flags=re.MULTILINE)
+    commands = [line.split() for line in lines]
+    # The demonstration is `make demo`.
+    assert {command[0] for command in commands} == set(cli.COMMANDS) - {"demo"}
+    for command in commands:
+        cli.build_parser(command[0]).parse_args(command)
 
 
 def test_version_of_the_citation() -> None:

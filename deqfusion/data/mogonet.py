@@ -125,9 +125,10 @@ def load_mogonet(folder: str | Path, modalities: Sequence[int] = (1, 2, 3)) -> M
         raise DataError(f"{folder}: no such folder, expected one with {', '.join(names)}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
+        also = f", nor {', '.join(missing[1:])}" if missing[1:] else ""
         raise DataError(
-            f"{folder / missing[0]}: no such file, expected all of {', '.join(names)}"
-            f" (missing: {', '.join(missing)})"
+            f"{folder / missing[0]}: no such file{also}; expected N_tr.csv and N_te.csv for each N "
+            f"of {', '.join(map(str, modalities))}, {_LABELS_TRAIN} and {_LABELS_TEST}"
         )
 
     train_labels = read_labels(folder / _LABELS_TRAIN)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..data import DIGITS_MODALITIES, DigitsPart, load_digits
 from ..module import DEQFusion
+from ..ops import checked_implementation
 from ..solution import Equilibrium
 from ..solvers import Anderson, Picard
 from .arguments import RealNumber, WholeNumber
@@ -124,9 +125,13 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         0.
+
+    Raises:
+        ValueError: a `DEQFUSION_BACKEND` that cannot run.
     """
     from .demo_page import page, table
 
+    checked_implementation(torch.device("cpu"))
     args.out.mkdir(parents=True, exist_ok=True)
     options = DemoOptions(seeds=range(args.seeds), epochs=args.epochs, noise=args.noise)
     threads = torch.get_num_threads()

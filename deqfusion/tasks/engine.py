@@ -151,6 +151,7 @@ def fit(
         if run is not None:
             if run.checkpoint.exists():
                 state.restore(run)
+            run.write_config()
             run.write_log(HISTORY_COLUMNS, state.history)
         epochs = range(len(state.history), options.epochs)
         bar = tqdm(

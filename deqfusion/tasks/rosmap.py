@@ -33,6 +33,7 @@ from ..data import (
     repeated_splits,
     stratified_holdout,
 )
+from ..ops import checked_implementation
 from .classifier import MultimodalClassifier
 from .config import FIELDS, fault, read_run
 from .engine import HISTORY_COLUMNS, FitOptions, Rows, TrainingDivergedError, check_penalty, fit
@@ -76,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--data-dir", required=True, type=Path, help="folder in MOGONET's layout")
     files.add_argument("--out", required=True, type=Path, help="folder of the run; must be empty")
     files.add_argument(
-        "--resume", action="store_true", help="continue the run in --out, with its options"
+        "--resume",
+        action="store_true",
+        help="continue the run in --out, with its options (--epochs may change); start it where "
+        "there is none",
     )
     files.add_argument(
         "--modalities",
@@ -151,8 +155,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: the data folder is not what it should be.
         CheckpointError: `--out` holds a run that cannot be, or should not be, continued.
-        ValueError: options that do not fit together.
+        ValueError: options that do not fit together, or a `DEQFUSION_BACKEND` that cannot run.
     """
+    checked_implementation(torch.device("cpu"))
     stored = _complete(args)
     data = load_mogonet(args.data_dir, args.modalities)
     config = _config(args, data)
@@ -175,8 +180,8 @@ def run(args: argparse.Namespace) -> int:
         if args.splits:
             _run_splits(args, data, config)
         else:
-            folder = RunDirectory.open(args.out, config, resume=args.resume)
-            metrics = _run_split(folder, config, data, None if args.quiet else "training")
+            label = None if args.quiet else "training"
+            metrics = _run_split(_open(args, config), config, data, label)
             print(_table({"given split": metrics}))
             print(f"run: {args.out}")
     except TrainingDivergedError as error:
@@ -194,7 +199,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     Raises:
         CheckpointError: the run is missing, unfinished, damaged, or somebody else's.
         DataError: the data folder is not what it should be, or does not fit the model.
+        ValueError: a `DEQFUSION_BACKEND` that cannot run.
     """
+    checked_implementation(torch.device("cpu"))
     folder = RunDirectory(args.checkpoint)
     config = read_run(folder.path)
     if config["splits"]:
@@ -249,7 +256,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def _complete(args: argparse.Namespace) -> dict[str, Any]:
     """Set what was not given to what the run that is resumed has, which is returned, or default."""
     stored = {}
-    if args.resume and RunDirectory(args.out).config.exists():
+    # A file in place of the folder is refused here, before its lack of options is made up for.
+    if args.resume and (args.out.is_file() or RunDirectory(args.out).config.exists()):
         stored = read_run(args.out)
     for name, default in _DEFAULTS.items():
         if getattr(args, name) is None:
@@ -373,14 +381,23 @@ def _build(config: Mapping[str, Any]) -> MultimodalClassifier:
     )
 
 
+def _open(args: argparse.Namespace, config: Mapping[str, Any]) -> RunDirectory:
+    folder = RunDirectory.open(args.out, config, resume=args.resume)
+    if args.resume and folder.started:
+        # A mistyped folder looks like this too, so it is said even where nothing else is.
+        message = f"deqfusion: nothing to resume in {args.out}: starting a new run"
+        print(message, file=sys.stderr)
+    return folder
+
+
 def _run_splits(args: argparse.Namespace, data: MogonetData, config: dict[str, Any]) -> None:
     """Train on each of the repeated splits, in folders of their own, and report mean and error."""
-    parent = RunDirectory.open(args.out, config, resume=args.resume)
+    parent = _open(args, config)
     results = []
     for index, split in enumerate(_splits(data, config)):
         options = {**config, "splits": 0, "split": index}
         folder = parent.path / f"split_{index:03d}"
-        run_folder = RunDirectory.open(folder, options, resume=args.resume)
+        run_folder = RunDirectory.open(folder, options, resume=args.resume, part_of=parent)
         label = f"split {index + 1}/{args.splits}"
         results.append(_run_split(run_folder, options, split, None if args.quiet else label))
     summary = {}
@@ -396,9 +413,12 @@ def _run_splits(args: argparse.Namespace, data: MogonetData, config: dict[str, A
 
     write_atomically(parent.path / "splits.csv", write)
     write_json(parent.path / "metrics.json", {name: _json_values(s) for name, s in summary.items()})
-    print(f"{args.splits} stratified splits, {len(data.train)} training and {len(data.test)} test")
+    splits = "1 stratified split" if args.splits == 1 else f"{args.splits} stratified splits"
+    print(f"{splits}, {len(data.train)} training and {len(data.test)} test")
     for name, values in summary.items():
-        print(f"{name:>14}  {values['mean']:.3f}, standard error {values['standard_error']:.3f}")
+        error = values["standard_error"]
+        spread = "" if math.isnan(error) else f", standard error {error:.3f}"
+        print(f"{name:>14}  {values['mean']:.3f}{spread}")
     print(f"run: {parent.path}")
 
 

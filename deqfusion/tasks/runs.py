@@ -1,6 +1,6 @@
 """The folder of a training run: configuration, checkpoint, finished model, log.
 
-    config.json              what was asked for; written once, before anything else
+    config.json              what was asked for last; written before anything else
     checkpoint.safetensors   parameters, best parameters, optimiser, random state, history
     model.safetensors        the chosen epoch's parameters, and what the task needs beside them
     log.csv                  one row per epoch
@@ -47,6 +47,7 @@ class RunDirectory:
     Attributes:
         path: the folder.
         config, checkpoint, model, log: paths of its files.
+        started: whether `open` started the run, rather than found it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -55,23 +56,38 @@ class RunDirectory:
         self.checkpoint = self.path / "checkpoint.safetensors"
         self.model = self.path / "model.safetensors"
         self.log = self.path / "log.csv"
+        self.started = False
+        self._asked: dict[str, Any] = {}
+        self._whole: RunDirectory | None = None
 
     @classmethod
-    def open(cls, path: str | Path, config: Mapping[str, Any], *, resume: bool) -> RunDirectory:
+    def open(
+        cls,
+        path: str | Path,
+        config: Mapping[str, Any],
+        *,
+        resume: bool,
+        part_of: RunDirectory | None = None,
+    ) -> RunDirectory:
         """Start a run in an empty folder, or go on with the one that is there.
 
         Args:
             path: the folder; made where it is missing.
             config: what the run is asked to do, JSON values. When resuming it must equal the
-                stored one but for `epochs`, which may change.
+                stored one but for `epochs`, which may change; the stored one stays as it is until
+                `write_config`.
             resume: continue the run in `path`, or start one where there is none yet.
+            part_of: the run of several splits of which this one is a split.
 
         Raises:
-            CheckpointError: the folder holds something and `resume` is False, it holds something
-                that is no run, or a run with another configuration.
+            CheckpointError: the folder is a file, it holds something and `resume` is False, it
+                holds something that is no run, or a run with another configuration.
         """
         run = cls(path)
+        run._asked, run._whole = dict(config), part_of
         occupant = _occupant(run.path)
+        if occupant == run.path and not resume:
+            raise CheckpointError(f"{path}: is a file, expected a folder for the run")
         if occupant is not None and not resume:
             raise CheckpointError(
                 f"{occupant}: already there, expected an empty --out folder "
@@ -81,8 +97,19 @@ class RunDirectory:
             _check_same(run.config, read_config(run.path), config)
             return run
         run.path.mkdir(parents=True, exist_ok=True)
-        write_json(run.config, {"format": CONFIG_FORMAT, "version": CONFIG_VERSION, **config})
+        run.write_config()
+        run.started = True
         return run
+
+    def write_config(self) -> None:
+        """Store what the run is asked to do, and before it what the run that it is part of is.
+
+        For a run that goes on: once its checkpoint is known to allow it.
+        """
+        if self._whole is not None:
+            self._whole.write_config()
+        asked = {"format": CONFIG_FORMAT, "version": CONFIG_VERSION, **self._asked}
+        write_json(self.config, asked)
 
     def write_log(self, columns: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
         """Write the whole CSV log, replacing what is there."""

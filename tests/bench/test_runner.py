@@ -191,7 +191,7 @@ def test_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--suite", "slow"], "unknown suite 'slow', expected one of quick, cpu"),
         (["--contenders", "ours,theirs"], "unknown contender 'theirs', expected one of"),
         (["--shape", "4,32"], "shape must be B,d,N"),
-        (["--shape", "4,30,2"], "dim must be a multiple of 4 (groups), got 30"),
+        (["--shape", "4,30,2"], "shape 4,30,2: its width d must be a multiple of 4"),
         (["--threads", "one"], "--threads must be counts such as 1,2, got 'one'"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["--rounds", "0"], "rounds must be at least 1, got 0"),

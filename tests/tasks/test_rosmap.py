@@ -35,6 +35,12 @@ def _train(folder, out, *more):
     return main(["train", "rosmap", "--data-dir", str(folder), "--out", str(out), *_SMALL, *more])
 
 
+def _resume(folder, out, *more):
+    """Resume a run with its own options."""
+    options = ["--data-dir", str(folder), "--out", str(out), "--resume"]
+    return main(["train", "rosmap", *options, *more])
+
+
 def _evaluate(folder, checkpoint, *more):
     return main(["evaluate", "--checkpoint", str(checkpoint), "--data-dir", str(folder), *more])
 
@@ -163,6 +169,15 @@ def test_repeated_splits(folder, tmp_path, capsys):
     assert "a run of 3 splits" in capsys.readouterr().err
 
 
+def test_one_split_has_no_standard_error(folder, tmp_path, capsys):
+    assert _train(folder, tmp_path / "out", "--splits", "1") == 0
+    printed = capsys.readouterr().out
+    assert "1 stratified split," in printed
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert f"accuracy  {metrics['accuracy']['mean']:.3f}\n" in printed
+    assert metrics["accuracy"]["standard_error"] is None
+
+
 def test_more_than_two_classes(folder, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(folder, data)
@@ -190,9 +205,51 @@ def test_resume_takes_the_options_of_the_run(folder, tmp_path):
     out = tmp_path / "out"
     assert _train(folder, out, "--fusion", "sum", "--learning-rate", "0.01") == 0
     before = _contents(out)
-    arguments = ["train", "rosmap", "--data-dir", str(folder), "--out", str(out), "--resume"]
-    assert main(arguments) == 0
+    assert _resume(folder, out) == 0
     assert _contents(out) == before
+
+
+@pytest.mark.parametrize("splits", ["0", "2"])
+def test_resume_with_more_epochs_is_remembered(folder, tmp_path, capsys, splits):
+    out = tmp_path / "out"
+    assert _train(folder, out, "--fusion", "sum", "--splits", splits) == 0
+    assert _resume(folder, out, "--epochs", "5") == 0
+    more = _contents(out)
+    configs = [json.loads(text) for name, text in more.items() if name.endswith("config.json")]
+    assert [config["epochs"] for config in configs] == [5] * (1 + int(splits))
+    assert _resume(folder, out) == 0
+    assert _contents(out) == more
+    # What is refused is not remembered.
+    capsys.readouterr()
+    code = _resume(folder, out, "--epochs", "4", "--quiet")
+    _refused(capsys, code, "the run has 5 epochs, expected at most the 4", more, out)
+
+
+def test_resume_of_a_run_killed_before_its_first_epoch(folder, finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(finished / "config.json", out)
+    assert _resume(folder, out, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    assert _same_model(out, finished)
+
+
+@pytest.mark.parametrize("splits", ["0", "2"])
+def test_resume_of_nothing_starts_a_run_and_says_so(folder, tmp_path, capsys, splits):
+    out = tmp_path / "out"
+    assert _train(folder, out, "--resume", "--quiet", "--splits", splits) == 0
+    said = f"deqfusion: nothing to resume in {out}: starting a new run\n"
+    assert capsys.readouterr().err == said
+    assert _train(folder, out, "--resume", "--quiet", "--splits", splits) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("options", [["--resume"], ["--modalities", "1,2"]])
+def test_a_file_in_place_of_the_folder_is_refused(folder, finished, capsys, options):
+    before = _contents(finished)
+    path = finished / "checkpoint.safetensors"
+    code = main(["train", "rosmap", "--data-dir", str(folder), "--out", str(path), *options])
+    _refused(capsys, code, f"{path}: is a file, expected", before, finished)
 
 
 def test_resume_with_other_options_is_refused(folder, finished, capsys):

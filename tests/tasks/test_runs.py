@@ -45,8 +45,9 @@ def test_foreign_folder_is_left_alone(tmp_path, resume):
 def test_out_that_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("x")
-    with pytest.raises(CheckpointError, match="file: already there"):
-        RunDirectory.open(path, _CONFIG, resume=False)
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match="file: is a file, expected"):
+            RunDirectory.open(path, _CONFIG, resume=resume)
 
 
 def test_existing_run_needs_resume_and_the_same_configuration(tmp_path):
@@ -58,6 +59,21 @@ def test_existing_run_needs_resume_and_the_same_configuration(tmp_path):
         RunDirectory.open(tmp_path, {**_CONFIG, "dim": 16}, resume=True)
     RunDirectory.open(tmp_path, {**_CONFIG, "epochs": 30}, resume=True)
     assert _contents(tmp_path) == before
+
+
+def test_the_configuration_asked_for_last_is_written_on_request(tmp_path):
+    whole = RunDirectory.open(tmp_path, _CONFIG, resume=False)
+    part = RunDirectory.open(tmp_path / "part", _CONFIG, resume=False, part_of=whole)
+    assert whole.started
+    assert part.started
+    more = {**_CONFIG, "epochs": 30}
+    whole = RunDirectory.open(tmp_path, more, resume=True)
+    part = RunDirectory.open(tmp_path / "part", more, resume=True, part_of=whole)
+    assert not whole.started
+    assert not part.started
+    part.write_config()
+    for run in (whole, part):
+        assert read_config(run.path)["epochs"] == 30
 
 
 def test_resume_starts_a_run_where_there_is_none(tmp_path):
