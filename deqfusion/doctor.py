@@ -24,7 +24,7 @@ import deqfusion
 import deqfusion.kernels as kernels
 from deqfusion import ops
 from deqfusion.bench.environment import bf16_instructions, cpu_model
-from deqfusion.reference.solve import fast_bfloat16
+from deqfusion.reference.solve import bfloat16_instructions, fast_bfloat16
 
 __all__ = ["collect", "register_commands", "render", "run", "self_test"]
 
@@ -133,9 +133,11 @@ def _programs(device: str) -> tuple[str, str]:
 
 def ladder() -> dict[str, Any]:
     """Say whether ``ladder="auto"`` uses bfloat16 products on this processor, and why (not)."""
-    instructions = bf16_instructions()
+    kind = bfloat16_instructions()
     if fast_bfloat16():
-        reason = f"bfloat16 products in hardware: {', '.join(instructions) or 'yes'}"
+        reason = f"bfloat16 products in hardware: {kind}"
+    elif kind is not None:
+        reason = f"{kind} pays on one thread, torch has {torch.get_num_threads()}"
     else:
         reason = "no bfloat16 products in hardware (AMX, AVX512-BF16 or SVE): float32 throughout"
     return {"on": fast_bfloat16(), "reason": reason}

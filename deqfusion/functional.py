@@ -10,7 +10,7 @@ single solve of the whole state and differentiates it by the same two adjoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ __all__ = [
     "joint_equilibrium",
     "modality_adjoint",
     "modality_equilibrium",
+    "stack_and_inject",
 ]
 
 _M, _F = len(ModalityParameters._fields), len(FusionParameters._fields)
@@ -67,6 +68,28 @@ class LinearStats(NamedTuple):
     residual: Tensor
 
 
+def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a second differentiation an error, whatever it is with respect to.
+
+    `torch.autograd.function.once_differentiable` does so only where the incoming gradient requires
+    one: a gradient penalty by parameters would go through, without the solve's part.
+    """
+
+    def once(ctx: Any, *gradients: Any) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *gradients)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return outputs
+        error = torch._C._functions.DelayedError(
+            b"double backward is not supported: an equilibrium can be differentiated once",
+            len(outputs),
+        )
+        again = [None if t is None else t.detach().requires_grad_() for t in outputs]
+        return error(*again)  # type: ignore[arg-type]
+
+    return once
+
+
 class _Inject(torch.autograd.Function):
     """sum_i w_i x_i + b; a row whose incoming gradient is 0 adds nothing, even where x is NaN."""
 
@@ -90,6 +113,8 @@ class _Inject(torch.autograd.Function):
 def inject(x: Tensor, weight: Tensor, bias: Tensor, present: Tensor | None = None) -> Tensor:
     """The injected fusion feature x_f = sum_i w_i x_i + b over the modalities present.
 
+    By PyTorch operations, differentiable any number of times; `stack_and_inject` is the operator.
+
     Args:
         x: (N, R, d).
         weight: (N,).
@@ -104,26 +129,62 @@ def inject(x: Tensor, weight: Tensor, bias: Tensor, present: Tensor | None = Non
     return _Inject.apply(x, weight, bias)
 
 
-def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a second differentiation an error, whatever it is with respect to.
+class _StackAndInject(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, present: Tensor | None, weight: Tensor, bias: Tensor, *features: Tensor
+    ) -> Any:
+        ctx.whole = features[0].dim() == 3
+        parts = features[0].unbind(0) if ctx.whole else features
+        x, injected = torch.ops.deqfusion.inject(parts, present, weight, bias)
+        ctx.save_for_backward(x, present, weight, bias)
+        return x, injected
 
-    `torch.autograd.function.once_differentiable` does so only where the incoming gradient requires
-    one: a gradient penalty by parameters would go through, without the solve's part.
-    """
-
-    def once(ctx: Any, *gradients: Any) -> Any:
-        with torch.no_grad():
-            outputs = backward(ctx, *gradients)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return outputs
-        error = torch._C._functions.DelayedError(
-            b"double backward is not supported: an equilibrium can be differentiated once",
-            len(outputs),
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, gradient: Tensor, injected_gradient: Tensor) -> Any:
+        features, weight, bias = torch.ops.deqfusion.inject_adjoint(
+            gradient, injected_gradient, *ctx.saved_tensors
         )
-        again = [None if t is None else t.detach().requires_grad_() for t in outputs]
-        return error(*again)  # type: ignore[arg-type]
+        return (None, weight, bias, *((features,) if ctx.whole else features.unbind(0)))
 
-    return once
+
+def stack_and_inject(
+    features: Sequence[Tensor] | Tensor, weight: Tensor, bias: Tensor,
+    present: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a solve starts from, in one operator: stacked features, and `inject` of them.
+
+    Args:
+        features: N of (R, d) in one dtype, or one tensor (N, R, d).
+        weight: (N,).
+        bias: (1,).
+        present: bool (N, R) or None; absent features are 0 in x, whatever stands for them.
+
+    Returns:
+        x (N, R, d), and x_f (R, d), NaN in rows without a modality. Differentiable once.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was got and what was expected.
+    """
+    whole = isinstance(features, Tensor)
+    if not whole and not (isinstance(features, (list, tuple)) and features):
+        raise TypeError(
+            f"features: got {type(features).__name__}, expected a tensor (N, R, d) or a list of N "
+            "tensors (R, d)"
+        )
+    parts = (features,) if isinstance(features, Tensor) else tuple(features)
+    for part in parts:
+        check.features("features", part, "N, R, d" if whole else "R, d")
+        check.tensor("features", part, [tuple(parts[0].shape)], parts[0], parts[0].dtype)
+    count = parts[0].shape[0] if whole else len(parts)
+    check.tensor("weight", weight, [(count,)], parts[0])
+    check.tensor("bias", bias, [(1,)], parts[0])
+    if present is not None:
+        shape = (count, parts[0].shape[-2])
+        check.tensor("present", present, [shape], parts[0], torch.bool)
+    x, injected = _StackAndInject.apply(present, weight, bias, *parts)
+    return x, injected
 
 
 class _ModalityEquilibrium(torch.autograd.Function):
@@ -157,13 +218,14 @@ class _ModalityEquilibrium(torch.autograd.Function):
 class _FusionEquilibrium(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, modalities: Tensor, injection: Tensor, init: Tensor | None,
-        gate_mask: Tensor | None, fusion_mask: Tensor | None, tolerance: Tensor | None,
-        record: bool, adjoint: str, *rest: Any,
+        ctx: Any, modalities: Tensor, injection: Tensor, modality_status: Tensor | None,
+        init: Tensor | None, gate_mask: Tensor | None, fusion_mask: Tensor | None,
+        tolerance: Tensor | None, record: bool, adjoint: str, *rest: Any,
     ) -> Any:  # fmt: skip
         state, status, steps, residual, trace = torch.ops.deqfusion.fusion_equilibrium(
-            modalities, injection, init, gate_mask, fusion_mask, *rest, tolerance, record
-        )
+            modalities, injection, modality_status, init, gate_mask, fusion_mask, *rest, tolerance,
+            record,
+        )  # fmt: skip
         ctx.mark_non_differentiable(status, steps, residual, trace)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -175,7 +237,7 @@ class _FusionEquilibrium(torch.autograd.Function):
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
-        nothing = (None,) * (8 + _F + _C + _S)
+        nothing = (None,) * (9 + _F + _C + _S)
         if gradient is None:
             return nothing
         modalities, injection, gate_mask, fusion_mask, state, status, *p = ctx.saved_tensors
@@ -183,7 +245,7 @@ class _FusionEquilibrium(torch.autograd.Function):
             gradient, state, status, modalities, injection, gate_mask, fusion_mask, *p, *ctx.cell,
             ctx.adjoint,
         )  # fmt: skip
-        return (dm, dx, *nothing[:6], *grads[:_F], *nothing[: _C + _S])
+        return (dm, dx, *nothing[:7], *grads[:_F], *nothing[: _C + _S])
 
 
 class _JointEquilibrium(torch.autograd.Function):
@@ -316,6 +378,7 @@ def fusion_equilibrium(
     cell: CellOptions = CellOptions(),  # noqa: B008
     solver: Solver = Anderson(),  # noqa: B008
     adjoint: Adjoint = Implicit(),  # noqa: B008
+    modality_status: Tensor | None = None,
     init: Tensor | None = None,
     gate_mask: Tensor | None = None,
     fusion_mask: Tensor | None = None,
@@ -328,6 +391,8 @@ def fusion_equilibrium(
         modalities: (N, R, d), z_i*; held fixed in the solve, differentiated through.
         injection: (R, d), x_f, see `inject`.
         parameters: of the fusion block, in the dtype of the tensors.
+        modality_status: int32 (N, R), of the modalities' solve; a row with a NON_FINITE one has no
+            answer, and is NON_FINITE.
         init: (R, d), where to start; None starts from 0.
         gate_mask: (N, R, 1 or d), factor on the gates (presence, dropout).
         fusion_mask: (R, d), factor on W_f u + b_f (dropout).
@@ -343,8 +408,11 @@ def fusion_equilibrium(
     """
     _check_fusion(modalities, injection, parameters, cell, adjoint, gate_mask, fusion_mask)
     _check_solve(solver, init, tolerance, injection, injection.shape)
+    if modality_status is not None:
+        shape = tuple(modalities.shape[:2])
+        check.tensor("modality_status", modality_status, [shape], injection, torch.int32)
     state, *rest = _FusionEquilibrium.apply(
-        modalities, injection, init, gate_mask, fusion_mask, tolerance, trace,
+        modalities, injection, modality_status, init, gate_mask, fusion_mask, tolerance, trace,
         adjoint.encoded, *parameters, *cell, solver.encoded,
     )  # fmt: skip
     return BlockSolution(state, *rest)

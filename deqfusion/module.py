@@ -169,7 +169,7 @@ class DEQFusion(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The fused equilibrium z_f* (..., d); arguments as in `equilibrium`."""
-        return self.equilibrium(features, init=init, mask=mask).fused
+        return self._equilibrium(features, init, mask, None, False)[2]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Loads what fits: a layer with a tolerance schedule and one without share checkpoints."""
@@ -210,24 +210,40 @@ class DEQFusion(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was got and what was expected.
         """
-        rows = self._rows(features, mask, injection)
-        leading, shape = rows.leading, (self.num_modalities, *rows.leading, self.dim)
-        start = self._start(init, leading, rows.x.dtype)
+        leading, z, fused, blocks = self._equilibrium(features, init, mask, injection, trace)
+        parts = (
+            blocks[0]
+            if len(blocks) == 1
+            else tuple(torch.cat((a, b.unsqueeze(0))) for a, b in zip(*blocks, strict=True))
+        )
+        status, steps, residual, *recorded = (
+            t.reshape(t.shape[0], *leading, *t.shape[2:]) for t in parts
+        )
+        stats = SolveStats(status, steps, residual)
+        if recorded:
+            change, size = recorded[0].unbind(-1)
+            relative = torch.where(change == 0, 0.0, change / size)
+            stats = SolveStats(status, steps, residual, relative, change)
+        return Equilibrium(fused, z.reshape(self.num_modalities, *leading, self.dim), stats, mask)
+
+    def _equilibrium(
+        self, features: Features, init: Tensor | Equilibrium | None, mask: Tensor | None,
+        injection: Tensor | None, trace: bool,
+    ) -> tuple[torch.Size, Tensor, Tensor, Sequence[tuple[Tensor, ...]]]:  # fmt: skip
+        """Leading dimensions, modality states (N, R, d), fused state (..., d) and statistics.
+
+        Those are status, steps, residual and, with `trace`, recorded norms (R, T, 2): of the
+        modalities (N, R, ...) and of the fusion (R, ...), or in one of all blocks (N+1, R, ...).
+        """
+        implicit = not isinstance(self.adjoint, Unroll)
+        inputs = self._start_rows if implicit else self._rows
+        rows = inputs(features, mask, injection)
+        start = self._start(init, rows.leading, rows.x.dtype)
         gate_mask, fusion_mask = self._masks(rows.x, rows.present)
-        if isinstance(self.adjoint, Unroll):
-            state, stats = self._unroll(rows, start, gate_mask, fusion_mask, trace)
-            z, fused = state[:-1], state[-1]
-        else:
-            z, fused, stats = self._solve(rows, start, gate_mask, fusion_mask, trace)
-        stats = SolveStats(
-            *(
-                None if t is None else t.reshape(t.shape[0], *leading, *t.shape[2:])
-                for t in (
-                    stats.status, stats.steps, stats.residual, stats.trace, stats.absolute_trace
-                )
-            )  # type: ignore[arg-type]
-        )  # fmt: skip
-        return Equilibrium(fused.reshape(shape[1:]), z.reshape(shape), stats, mask)
+        solve = self._solve if implicit else self._unroll
+        z, fused, blocks = solve(rows, start, gate_mask, fusion_mask, trace)
+        blocks = [parts if trace else parts[:3] for parts in blocks]
+        return rows.leading, z, fused.reshape(*rows.leading, self.dim), blocks
 
     def cell(
         self, state: Tensor, features: Features, mask: Tensor | None = None,
@@ -320,40 +336,71 @@ class DEQFusion(nn.Module):
         return weights.reshape(self.num_modalities, *leading)
 
     def _rows(self, features: Features, mask: Tensor | None, injection: Tensor | None) -> _Rows:
-        """Checks the inputs and brings them to (N, R, d)."""
+        """Checks the inputs and brings them to (N, R, d), by PyTorch operations."""
         x = check.stack_features(features, self.num_modalities, self.dim)
-        weight = self.modality_weight1
-        check.same_device("features", x, weight.device, "the parameters")
-        if torch.is_autocast_enabled(x.device.type):
-            # The solve chooses its own precisions; autocast only relaxes what comes in.
-            x = x.to(weight.dtype)
-        elif x.dtype != weight.dtype:
-            raise TypeError(
-                f"features: got dtype {x.dtype}, expected {weight.dtype} as the parameters (or "
-                "call under torch.autocast)"
-            )
-        leading = x.shape[1:-1]
-        x = x.reshape(self.num_modalities, -1, self.dim)
-        present = None
-        if mask is not None:
-            present = check.mask(mask, leading, self.num_modalities)
-            check.same_device("mask", present, x.device, "the features")
+        leading, (x,), present = self._checked((x,), x.shape[1:-1], mask)
+        if present is not None:
             # Whatever stands for a missing feature, NaN included, must not reach a product.
             x = torch.where(present.unsqueeze(-1), x, 0.0)
         if injection is None:
             x_f = functional.inject(x, self.injection_weight, self.injection_bias)
         else:
-            check.floating("injection", injection)
-            check.same_device("injection", injection, x.device, "the features")
-            if tuple(injection.shape) != (*leading, self.dim):
-                raise ValueError(
-                    f"injection: got shape {tuple(injection.shape)}, expected "
-                    f"{(*leading, self.dim)}"
-                )
-            x_f = injection.reshape(x.shape[1:]).to(x.dtype)
+            x_f = self._given(injection, leading, x)
         if present is not None:
             x_f = torch.where(present.any(0).unsqueeze(-1), x_f, torch.nan)
         return _Rows(x, x_f, present, leading)
+
+    def _start_rows(
+        self, features: Features, mask: Tensor | None, injection: Tensor | None
+    ) -> _Rows:
+        """The same by one operator, for a solve that gives its own gradients."""
+        if injection is not None:
+            return self._rows(features, mask, injection)
+        parts = check.modality_features(features, self.num_modalities, self.dim)
+        shape = parts[0].shape[:-1]
+        whole = (features,) if isinstance(features, Tensor) else parts
+        leading, flat, present = self._checked(whole, shape, mask)
+        x, x_f = functional.stack_and_inject(
+            flat[0] if isinstance(features, Tensor) else flat,
+            self.injection_weight,
+            self.injection_bias,
+            present,
+        )
+        return _Rows(x, x_f, present, leading)
+
+    def _checked(
+        self, features: Sequence[Tensor], leading: torch.Size, mask: Tensor | None
+    ) -> tuple[torch.Size, list[Tensor], Tensor | None]:
+        """Features (..., R, d) in the parameters' dtype, and the mask's opposite (N, R)."""
+        weight = self.modality_weight1
+        check.same_device("features", features[0], weight.device, "the parameters")
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        flat = []
+        for x in features:
+            if not autocast and x.dtype != weight.dtype:
+                raise TypeError(
+                    f"features: got dtype {x.dtype}, expected {weight.dtype} as the parameters (or "
+                    "call under torch.autocast)"
+                )
+            # The solve chooses its own precisions; autocast only relaxes what comes in.
+            flat.append(
+                x.to(weight.dtype).reshape(*x.shape[: x.dim() - len(leading) - 1], -1, self.dim)
+            )
+        present = None
+        if mask is not None:
+            present = check.mask(mask, leading, self.num_modalities)
+            check.same_device("mask", present, weight.device, "the features")
+        return leading, flat, present
+
+    def _given(self, injection: Tensor, leading: torch.Size, x: Tensor) -> Tensor:
+        """The caller's injection as (R, d)."""
+        check.floating("injection", injection)
+        check.same_device("injection", injection, x.device, "the features")
+        if tuple(injection.shape) != (*leading, self.dim):
+            raise ValueError(
+                f"injection: got shape {tuple(injection.shape)}, expected {(*leading, self.dim)}"
+            )
+        return injection.reshape(x.shape[1:]).to(x.dtype)
 
     def _rows_of(
         self, eq: Equilibrium, features: Features, mask: Tensor | None, injection: Tensor | None
@@ -396,7 +443,7 @@ class DEQFusion(nn.Module):
     def _solve(
         self, rows: _Rows, start: Tensor | None, gate_mask: Tensor | None,
         fusion_mask: Tensor | None, trace: bool,
-    ) -> tuple[Tensor, Tensor, SolveStats]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Sequence[tuple[Tensor, ...]]]:  # fmt: skip
         tolerance = self._tolerance()
         # No autocast context around operators that switch it off themselves: a program exported
         # with one around them cannot be saved.
@@ -407,27 +454,24 @@ class DEQFusion(nn.Module):
                 present=rows.present, gate_mask=gate_mask, fusion_mask=fusion_mask,
                 tolerance=tolerance, trace=trace,
             )  # fmt: skip
-            return whole.state[:-1], whole.state[-1], _stats(whole[1:], trace)
+            return whole.state[:-1], whole.state[-1], [whole[1:]]
         z = functional.modality_equilibrium(
             rows.x, self.modality_parameters, cell=self.options, solver=self.solver,
             adjoint=self.adjoint, init=None if start is None else start[:-1],
             present=rows.present, tolerance=tolerance, trace=trace,
         )  # fmt: skip
-        # The fusion of a row that lost a modality has no answer, whatever is injected.
-        lost = (z.status == int(Status.NON_FINITE)).any(0).unsqueeze(-1)
         fused = functional.fusion_equilibrium(
-            z.state, torch.where(lost, torch.nan, rows.injection), self.fusion_parameters,
-            cell=self.options, solver=self.solver, adjoint=self.adjoint,
+            z.state, rows.injection, self.fusion_parameters, cell=self.options,
+            solver=self.solver, adjoint=self.adjoint, modality_status=z.status,
             init=None if start is None else start[-1], gate_mask=gate_mask,
             fusion_mask=fusion_mask, tolerance=tolerance, trace=trace,
         )  # fmt: skip
-        both = [torch.cat((a, b.unsqueeze(0))) for a, b in zip(z[1:], fused[1:], strict=True)]
-        return z.state, fused.state, _stats(both, trace)
+        return z.state, fused.state, [z[1:], fused[1:]]
 
     def _unroll(
         self, rows: _Rows, start: Tensor | None, gate_mask: Tensor | None,
         fusion_mask: Tensor | None, trace: bool,
-    ) -> tuple[Tensor, SolveStats]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Sequence[tuple[Tensor, ...]]]:  # fmt: skip
         """K differentiable steps of the joint map; the statistics are those of the last step."""
         assert isinstance(self.adjoint, Unroll)
         # As in the solves, rows that are not finite get state 0 and pass no gradient on.
@@ -460,7 +504,7 @@ class DEQFusion(nn.Module):
         status = torch.where(known, status, int(Status.NON_FINITE)).int()
         steps = torch.full_like(status, self.adjoint.steps)
         recorded = torch.stack(norms, 2).float()
-        return state, _stats((status, steps, residual, recorded), trace)
+        return state[:-1], state[-1], [(status, steps, residual, recorded)]
 
 
 class _Rows:
@@ -480,13 +524,3 @@ class _Rows:
 def _clear_absent(state: Tensor, present: Tensor) -> Tensor:
     """The state (N+1, R, d) with 0 for absent modalities."""
     return torch.cat((torch.where(present.unsqueeze(-1), state[:-1], 0.0), state[-1:]))
-
-
-def _stats(parts: Sequence[Tensor], trace: bool) -> SolveStats:
-    """Statistics (N+1, R) from status, steps, residual and the recorded norms (N+1, R, T, 2)."""
-    status, steps, residual, recorded = parts
-    if not trace:
-        return SolveStats(status, steps, residual)
-    change, size = recorded.unbind(-1)
-    relative = torch.where(change == 0, 0.0, change / size)
-    return SolveStats(status, steps, residual, relative, change)

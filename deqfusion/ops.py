@@ -1,5 +1,7 @@
 r"""The operators: one per solve and one per backward pass of a block.
 
+    deqfusion::inject                 what a solve starts from: stacked features, x_f
+    deqfusion::inject_adjoint         its gradients
     deqfusion::modality_equilibrium   N modality equilibria of R rows
     deqfusion::modality_adjoint       their gradients: implicit solve and final VJP
     deqfusion::fusion_equilibrium     the fusion equilibrium of R rows
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from deqfusion import programs
 from deqfusion.reference import adjoint, joint, solve
+from deqfusion.reference import injection as inputs
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.reference.solve import SolverOptions
 
@@ -42,11 +45,16 @@ _MASKS = "Tensor? gate_mask, Tensor? fusion_mask"
 _SOLUTION = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 _SCHEMAS = {
+    "inject": "(Tensor[] features, Tensor? present, Tensor weight, Tensor bias) -> "
+    "(Tensor, Tensor)",
+    "inject_adjoint": "(Tensor gradient, Tensor injected_gradient, Tensor x, Tensor? present, "
+    "Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
     "modality_equilibrium": f"(Tensor x, Tensor? init, Tensor? present, {_MODALITY}, {_CELL}, "
     f"{_SOLVER}, Tensor? tolerance, bool record) -> {_SOLUTION}",
     "modality_adjoint": f"(Tensor gradient, Tensor z, Tensor status, Tensor x, Tensor? present, "
     f"{_MODALITY}, {_CELL}, {_SOLVER}) -> ({', '.join(['Tensor'] * 14)})",
-    "fusion_equilibrium": "(Tensor modalities, Tensor injection, Tensor? init, "
+    "fusion_equilibrium": "(Tensor modalities, Tensor injection, Tensor? modality_status, "
+    "Tensor? init, "
     f"{_MASKS}, {_FUSION}, {_CELL}, {_SOLVER}, Tensor? tolerance, bool record) -> {_SOLUTION}",
     "fusion_adjoint": f"(Tensor gradient, Tensor z, Tensor status, Tensor modalities, "
     f"Tensor injection, {_MASKS}, {_FUSION}, {_CELL}, {_SOLVER}) -> "
@@ -116,6 +124,21 @@ def _triton(x: Tensor) -> bool:
 # --- what each operator computes -----------------------------------------------------------------
 
 
+def _inject(
+    features: list[Tensor], present: Tensor | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    chosen = programs if _triton(features[0]) else inputs
+    return chosen.inject(features, present, weight, bias)
+
+
+def _inject_adjoint(
+    gradient: Tensor, injected_gradient: Tensor, x: Tensor, present: Tensor | None, weight: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    chosen = programs if _triton(x) else inputs
+    return chosen.inject_adjoint(gradient, injected_gradient, x, present, weight, bias)
+
+
 def _modality_equilibrium(
     x: Tensor, init: Tensor | None, present: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -139,14 +162,14 @@ def _modality_adjoint(
 
 
 def _fusion_equilibrium(
-    modalities: Tensor, injection: Tensor, init: Tensor | None, gate_mask: Tensor | None,
-    fusion_mask: Tensor | None, *rest: Any,
+    modalities: Tensor, injection: Tensor, modality_status: Tensor | None, init: Tensor | None,
+    gate_mask: Tensor | None, fusion_mask: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p, c, s, (tolerance, record) = _split(rest, _F, _C, _S)
     chosen = programs if _triton(injection) else solve
     solution = chosen.solve_fusion(
-        modalities, injection, init, gate_mask, fusion_mask, FusionParameters(*p), CellOptions(*c),
-        SolverOptions.decode(*s), tolerance, record,
+        modalities, injection, modality_status, init, gate_mask, fusion_mask, FusionParameters(*p),
+        CellOptions(*c), SolverOptions.decode(*s), tolerance, record,
     )  # fmt: skip
     return tuple(t.squeeze(0) for t in solution)
 
@@ -198,6 +221,17 @@ def _fresh(tensors: Any) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
+def _fake_inject(features: list[Tensor], present: Any, weight: Any, bias: Any) -> Any:
+    first = features[0]
+    return first.new_empty((len(features), *first.shape)), first.new_empty(first.shape)
+
+
+def _fake_inject_adjoint(
+    gradient: Any, injected_gradient: Any, x: Tensor, present: Any, weight: Tensor, bias: Tensor
+) -> Any:
+    return tuple(_fresh((x, weight, bias)))
+
+
 def _fake_modality_equilibrium(x: Tensor, init: Any, present: Any, *rest: Any) -> Any:
     _, _, s, (_, record) = _split(rest, _M, _C, _S)
     return _solution_like(x, tuple(x.shape[:2]), SolverOptions.decode(*s).max_steps, record)
@@ -211,8 +245,9 @@ def _fake_modality_adjoint(
 
 
 def _fake_fusion_equilibrium(
-    modalities: Tensor, injection: Tensor, init: Any, gate_mask: Any, fusion_mask: Any, *rest: Any
-) -> Any:
+    modalities: Tensor, injection: Tensor, modality_status: Any, init: Any, gate_mask: Any,
+    fusion_mask: Any, *rest: Any,
+) -> Any:  # fmt: skip
     _, _, s, (_, record) = _split(rest, _F, _C, _S)
     steps = SolverOptions.decode(*s).max_steps
     return _solution_like(injection, tuple(injection.shape[:1]), steps, record)
@@ -236,6 +271,8 @@ def _fake_joint_equilibrium(
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "inject": (_inject, _fake_inject),
+    "inject_adjoint": (_inject_adjoint, _fake_inject_adjoint),
     "modality_equilibrium": (_modality_equilibrium, _fake_modality_equilibrium),
     "modality_adjoint": (_modality_adjoint, _fake_modality_adjoint),
     "fusion_equilibrium": (_fusion_equilibrium, _fake_fusion_equilibrium),
@@ -260,8 +297,9 @@ def _register() -> None:
 
 def _checked(reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        # The first argument of every operator is a tensor. Autocast would reach into the solve.
-        device = args[0].device
+        # The first argument of every operator is a tensor, or a list of some. Autocast would reach
+        # into the solve.
+        device = (args[0][0] if isinstance(args[0], list) else args[0]).device
         # Triton launches on the current device, which need not be that of the tensors.
         there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with torch.no_grad(), torch.autocast(device.type, enabled=False), there:

@@ -14,6 +14,7 @@ first steps have bfloat16 products; the steps that end a row do not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,15 @@ from deqfusion.reference.accelerate import DEFAULT_RIDGE
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.reference.solve import LADDER_WIDTH, SolverOptions
 
-__all__ = ["adjoint_fusion", "adjoint_modality", "available", "solve_fusion", "solve_modality"]
+__all__ = [
+    "adjoint_fusion",
+    "adjoint_modality",
+    "available",
+    "inject",
+    "inject_adjoint",
+    "solve_fusion",
+    "solve_modality",
+]
 
 _ELSE = "DEQFUSION_BACKEND=reference runs it"
 
@@ -89,6 +98,25 @@ def _options(o: SolverOptions, x: Tensor) -> Any:
     )  # fmt: skip
 
 
+def inject(
+    features: Sequence[Tensor], present: Tensor | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    """As `deqfusion.reference.injection.inject`."""
+    from deqfusion.kernels import injection
+
+    return injection.inject(features, present, weight, bias)
+
+
+def inject_adjoint(
+    gradient: Tensor, injected_gradient: Tensor, x: Tensor, present: Tensor | None, weight: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `deqfusion.reference.injection.inject_adjoint`."""
+    from deqfusion.kernels import injection
+
+    return injection.inject_adjoint(gradient, injected_gradient, x, present, weight, bias)
+
+
 def solve_modality(
     x: Tensor, init: Tensor | None, present: Tensor | None, p: ModalityParameters,
     cell: CellOptions, o: SolverOptions, tolerance: Tensor | None, record: bool,
@@ -117,17 +145,17 @@ def adjoint_modality(
 
 
 def solve_fusion(
-    modalities: Tensor, injection: Tensor, init: Tensor | None, gate_mask: Tensor | None,
-    fusion_mask: Tensor | None, p: FusionParameters, cell: CellOptions, o: SolverOptions,
-    tolerance: Tensor | None, record: bool,
+    modalities: Tensor, injection: Tensor, modality_status: Tensor | None, init: Tensor | None,
+    gate_mask: Tensor | None, fusion_mask: Tensor | None, p: FusionParameters, cell: CellOptions,
+    o: SolverOptions, tolerance: Tensor | None, record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `deqfusion.reference.solve.solve_fusion`."""
     from deqfusion.kernels import solves
 
     solution = solves.solve_fusion(
         modalities, injection.contiguous(), p, cell.num_groups, cell.gate, cell.gate_input,
-        cell.tail, _options(o, injection), init=init, gate_mask=gate_mask, fusion_mask=fusion_mask,
-        tolerance=tolerance, record=record,
+        cell.tail, _options(o, injection), modality_status=modality_status, init=init,
+        gate_mask=gate_mask, fusion_mask=fusion_mask, tolerance=tolerance, record=record,
     )  # fmt: skip
     return tuple(solution)
 

@@ -26,6 +26,7 @@ __all__ = [
     "fusion_parameters",
     "instance",
     "mask",
+    "modality_features",
     "modality_parameters",
     "non_negative",
     "positive",
@@ -131,14 +132,22 @@ def instance(name: str, value: Any, kind: type) -> None:
 
 
 def stack_features(features: Sequence[Tensor] | Tensor, modalities: int, dim: int) -> Tensor:
-    """Checks the modality features and stacks them to (N, ..., d).
+    """Checks the modality features, as `modality_features`, and stacks them to (N, ..., d)."""
+    parts = modality_features(features, modalities, dim)
+    return features if isinstance(features, Tensor) else torch.stack(tuple(parts))
+
+
+def modality_features(
+    features: Sequence[Tensor] | Tensor, modalities: int, dim: int
+) -> Sequence[Tensor]:
+    """Checks the modality features.
 
     Args:
         features: a sequence of N tensors (..., d), or one tensor (N, ..., d); floating point, one
             shape, one device.
 
     Returns:
-        (N, ..., d) in the promoted dtype of the features.
+        N of (..., d).
 
     Raises:
         ValueError, TypeError: naming the feature, what was got and what was expected.
@@ -187,7 +196,7 @@ def stack_features(features: Sequence[Tensor] | Tensor, modalities: int, dim: in
                 f"features[{index}]: got device {part.device}, expected {parts[0].device} as "
                 "features[0]"
             )
-    return features if isinstance(features, Tensor) else torch.stack(tuple(parts))
+    return parts
 
 
 def as_list(modalities: int) -> str:

@@ -2,6 +2,7 @@
 
     layout            channels padded group by group, weights packed
     packing           packed parameters
+    injection         what a solve starts from, and its gradients
     config            schedule, tiles and options of a program
     primitives        device functions: products, GroupNorm and its VJP
     anderson          device functions: Gram row, small solve

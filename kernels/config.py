@@ -136,3 +136,7 @@ def shipped_schedules(adjoint: bool, capability: int) -> tuple[str, ...]:
 GRADIENTS = Config(warps=4, stages=2)
 GRADIENT_TILES = {"BO": 64, "BI": 64, "BR": 32, "BV": 128}
 """Of the parameters' gradients; a width below 64 is one tile."""
+
+INJECTION = Config(warps=4)
+INJECTION_TILES = {"BM": 16, "BD": 128}
+"""Rows and channels of what a solve starts from, `kernels.injection`."""

@@ -12,8 +12,8 @@ Scratch (packed, width W = G P, R' = R rounded up to BM), fp32: packed modalitie
 R', W); x_f, z, u, best_f, best_g (R', W); history f, g (M, R', W); gram (1 or G, R', M, M). Weights
 (W, W), transposed; vectors (4, W): b_g, b_f, weight and bias of GN. Unpacked: modalities (N, R, d),
 x_f, init, out (R, d) and F (R, d) in the dtype of the features; gate mask M (N, R, 1 or d);
-status, steps int32, residual fp32 (R); trace (R, max_steps, 2) fp32. PHASE: 1 start, 2 constants, 3
-to 5 a step, 6 end.
+modality_status int32 (N, R); status, steps int32, residual fp32 (R); trace (R, max_steps, 2) fp32.
+PHASE: 1 start, 2 constants, 3 to 5 a step, 6 end.
 Source: arXiv 2306.16645, equations 6 and 7.
 """
 
@@ -25,6 +25,7 @@ import triton.language as tl
 from .primitives import affine, ladder_product, load_true, product, relu, standardise, store_true
 from .schedule import SUMS, meet, own_groups
 from .solver import (
+    NON_FINITE,
     SAVED,
     finish,
     fresh,
@@ -111,16 +112,16 @@ def normalised(v, vectors, group, W: tl.constexpr, DG: tl.constexpr, P: tl.const
 
 @triton.jit(do_not_specialize=["rows", "padded_rows", "max_steps"])
 def fusion_solve_kernel(
-    modalities, x, init, gate_mask, fusion_mask, out, status, steps, residual, trace, tolerance,
+    modalities, x, modality_status, init, gate_mask, fusion_mask, out, status, steps, residual,
+    trace, tolerance,
     wg, wf, lowg, lowf, wm, vectors,
     packed, constants, x_rows, z, u, best_f, best_g, f, g, gram, partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
-    FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, INIT: tl.constexpr,
+    FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, STATUS: tl.constexpr, INIT: tl.constexpr,
     TOLERANCE: tl.constexpr, TRACE: tl.constexpr, RELATIVE: tl.constexpr,
-    PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr,
-    PHASE: tl.constexpr,
+    PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """The fusion solve of BM rows; arguments and tiles: the head of this file."""
     W: tl.constexpr = G * P
@@ -147,6 +148,12 @@ def fusion_solve_kernel(
 
     if PHASE <= 1:
         report_nothing(status, steps, residual, live, first_group, BM)
+        lost = local < 0
+        if STATUS:
+            # The fusion of a row that lost a modality has no answer, whatever is injected.
+            for i in range(0, N):
+                at = modality_status + i * rows.to(tl.int64) + begin + local
+                lost = lost | (tl.load(at, mask=live, other=0) == NON_FINITE)
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]
             start = tl.zeros([BM, P], dtype=tl.float32)
@@ -155,7 +162,7 @@ def fusion_solve_kernel(
             tl.store(z + tile, start)
             tl.store(best_f + tile, tl.where(tl.abs(start) < float("inf"), start, 0.0))
             value = injection_tile(x, begin, local, live, group, column, DIM, DG)
-            tl.store(x_rows + tile, value)
+            tl.store(x_rows + tile, tl.where(lost[:, None], float("nan"), value))
             for i in range(0, N):
                 plane = modalities + i * rows.to(tl.int64) * DIM
                 value = load_true(plane, begin, local, live, group, column, DIM, DG)

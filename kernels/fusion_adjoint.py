@@ -142,10 +142,11 @@ def fusion_adjoint_kernel(
         divisor = divisor_of(largest)
         total = tl.zeros([BM], dtype=tl.float32)
         for group in range(first_group, last_group):
-            tile = local[:, None] * W + (group * P + column)[None, :]
             value = load_true(gradient, begin, local, take_part, group, column, DIM, DG)
             value = value / divisor[:, None]
             total += tl.sum(value * value, 1)
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
             p = product(z_rows, wg + group * P, W, W, BM, P, BK, PRECISION)
             tl.store(through + tile, p)
             for i in range(0, N):

@@ -141,16 +141,21 @@ class Plan:
         """Scratch (*leading, R', W)."""
         return self.empty(*leading, self.size, self.layout.width)
 
-    def history(self) -> tuple[Tensor, ...]:
-        """f, g, gram, partials, counters and saved of the solver."""
+    @property
+    def counts(self) -> int:
+        """Counters: of meetings, one per row block; in schedule step of row blocks that ended."""
+        return {"row": 0, "cooperative": self.blocks * self.programs, "step": 1}[
+            self.config.schedule
+        ]
+
+    def history(self, counters: Tensor) -> tuple[Tensor, ...]:
+        """f, g, gram, partials, counters and saved of the solver; counters: `counts` zeros."""
         slots = self.options.slots
         f, g = (self.rows_of(max(slots, 1), self.blocks) for _ in range(2))
         gram = self.empty(self.groups, self.blocks, self.size, slots, slots)
         if self.config.schedule == "row":
             return f, g, gram, gram, gram, gram
         partials = self.empty(2 * SUMS, self.layout.groups, self.blocks, self.size)
-        # Of meetings, one per row block; in schedule step the row blocks that have ended.
-        counters = torch.zeros(self.blocks * self.programs, dtype=torch.int32, device=self.device)
         saved = partials
         if self.config.schedule == "step":
             saved = self.empty(

@@ -4,9 +4,10 @@ r"""Packed parameters of a block, in one launch: what the programs read.
     backward   W, (J, K, out, in), for products x W              fp32
     low        the one that iterates, for the ladder's steps     bfloat16
     vectors    (K, V, W)                                         fp32
+    counters   as many as asked for, 0                           int32
 
-A program owns a tile [BT, BT] of a weight, or one vector of a modality. Padding is zero
-(`kernels.layout`).
+A program owns a tile [BT, BT] of a weight, or one vector of a modality and some counters of the
+schedule. Padding is zero (`kernels.layout`).
 
 Parameters are packed at every solve and not kept: what tells that they changed, their version, is
 not raised by fused optimizers, by replays of CUDA graphs, or by writes to `parameter.data`, and a
@@ -35,6 +36,7 @@ class Packed(NamedTuple):
     backward: Tensor
     low: Tensor
     vectors: Tensor
+    counters: Tensor
 
 
 @triton.jit
@@ -58,9 +60,10 @@ def _weight(
         tl.store(low + (straight if BACKWARD else turned), value.to(tl.bfloat16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["counts"])
 def pack_kernel(
     w0, w1, w2, s0, s1, s2, v0, v1, v2, v3, v4, v5, v6, v7, forward, backward, low, vectors,
+    counters, counts,
     J: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
     BT: tl.constexpr, BACKWARD: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
@@ -72,6 +75,10 @@ def pack_kernel(
     j = tl.program_id(2)
     place = j * tl.num_programs(1) + k
     if j == J:
+        if k == 0:
+            for start in range(pid * 256, counts, tl.num_programs(0) * 256):
+                at = start + tl.arange(0, 256)
+                tl.store(counters + at, at * 0, mask=at < counts)
         column = tl.arange(0, P)
         sources = (v0, v1, v2, v3, v4, v5, v6, v7)
         for group in range(0, G):
@@ -102,9 +109,10 @@ def pack_kernel(
 
 
 def packed(
-    weights: Sequence[Tensor], vectors: Sequence[Tensor], layout: Layout, backward: bool, low: bool
-) -> Packed:
-    """Packs two or three weights (K, d, d) and up to eight vectors (K, d).
+    weights: Sequence[Tensor], vectors: Sequence[Tensor], layout: Layout, backward: bool,
+    low: bool, counts: int = 0,
+) -> Packed:  # fmt: skip
+    """Packs two or three weights (K, d, d) and up to eight vectors (K, d), and clears counters.
 
     The weights' columns must be next to each other; vectors are made contiguous.
     """
@@ -114,6 +122,7 @@ def packed(
     back = like.new_empty(shape if backward else 0, dtype=torch.float32)
     cheap = like.new_empty(shape if low else 0, dtype=torch.bfloat16)
     stack = like.new_empty(count, len(vectors), width, dtype=torch.float32)
+    counters = like.new_empty(counts, dtype=torch.int32)
     # Half of the columns of a gate's weight is read as it lies; anything stranger is copied.
     weights = [
         w if w.stride(2) == 1 and w.stride(0) == w.shape[1] * w.stride(1) else w.contiguous()
@@ -126,7 +135,7 @@ def packed(
         pack_kernel, (max((width // tile) ** 2, len(vectors)), count, len(weights) + 1),
         (
             *more, *(w.stride(1) for w in more), *vectors,
-            *([vectors[0]] * (8 - len(vectors))), forward, back, cheap, stack,
+            *([vectors[0]] * (8 - len(vectors))), forward, back, cheap, stack, counters, counts,
         ),
         {
             "J": len(weights), "V": len(vectors), "DIM": layout.dim, "G": layout.groups,
@@ -134,4 +143,4 @@ def packed(
         },
         Config(warps=4), f"{count} x {len(weights)} weights of {layout.dim}",
     )  # fmt: skip
-    return Packed(forward, back, cheap, stack)
+    return Packed(forward, back, cheap, stack, counters)

@@ -103,10 +103,10 @@ def solve_modality(
             return Solved(out, *outcome, trace)
         weights = packed(
             (parameters[0], parameters[4]), (*parameters[1:4], *parameters[5:]), layout, False,
-            options.climbs,
+            options.climbs, plan.counts,
         )  # fmt: skip
         low = weights.low if options.climbs else weights.forward
-        f, g, *rest = plan.history()
+        f, g, *rest = plan.history(weights.counters)
         plan.run(
             modality_solve_kernel,
             (
@@ -162,7 +162,7 @@ def adjoint_modality(
             )
         weights = packed(
             (parameters[0], parameters[4]), (*parameters[1:4], *parameters[5:]), layout, True,
-            options.climbs,
+            options.climbs, plan.counts,
         )  # fmt: skip
         low = weights.low if options.climbs else weights.backward
         left, right = plan.rows_of(2, count), plan.rows_of(2, count)
@@ -174,7 +174,7 @@ def adjoint_modality(
                 _bytes(present, x), dx, *outcome, *weights.forward, *weights.backward, *low,
                 weights.vectors, *(plan.rows_of(count) for _ in range(5)),
                 plan.rows_of(3, count), plan.empty(count, plan.size, groups, 3),
-                plan.empty(count, plan.size), left, right, sums, *plan.history(),
+                plan.empty(count, plan.size), left, right, sums, *plan.history(weights.counters),
             ),
             {"SKIP": skip, "PRESENT": present is not None, "TRUNCATED": options.truncated},
             MODALITY_ADJOINT_PHASES,
@@ -212,6 +212,7 @@ def solve_fusion(
     tail: str,
     options: SolveOptions,
     *,
+    modality_status: Tensor | None = None,
     init: Tensor | None = None,
     gate_mask: Tensor | None = None,
     fusion_mask: Tensor | None = None,
@@ -226,6 +227,7 @@ def solve_fusion(
         parameters: gate_weight (d, d) or (d, 2 d), gate_bias, weight (d, d), bias, norm_weight,
             norm_bias (d,).
         groups, gate, gate_input, tail: as in the cell.
+        modality_status: int32 (N, R) or None; a row with a NON_FINITE one has no answer.
         init: (R, d) or None (zeros), where to start.
         gate_mask: (N, R, 1 or d) or None, M_i; fusion_mask: (R, d) or None, F.
         options, tolerance, record, config: as in `solve_modality`.
@@ -239,21 +241,25 @@ def solve_fusion(
         outcome, trace = _outcome(plan), _trace(plan, record)
         if rows == 0:
             return Solved(out.unsqueeze(0), *outcome, trace)
-        weights = packed(*_fusion_parameters(parameters, gate_input), layout, False, options.climbs)
+        weights = packed(
+            *_fusion_parameters(parameters, gate_input), layout, False, options.climbs, plan.counts
+        )
         wg, wf, *wm = weights.forward.squeeze(1)
         low = (weights.low if options.climbs else weights.forward).squeeze(1)
         plan.run(
             fusion_solve_kernel,
             (
-                modalities.contiguous(), injection, _or(init, injection),
-                _or(gate_mask, injection), _or(fusion_mask, injection), out, *outcome, trace,
+                modalities.contiguous(), injection, _or(modality_status, outcome.status),
+                _or(init, injection), _or(gate_mask, injection), _or(fusion_mask, injection), out,
+                *outcome, trace,
                 outcome.residual if tolerance is None else tolerance, wg, wf, low[0], low[1],
                 wm[0] if wm else wg, weights.vectors, plan.rows_of(count), plan.rows_of(count),
-                *(plan.rows_of() for _ in range(5)), *plan.history(),
+                *(plan.rows_of() for _ in range(5)), *plan.history(weights.counters),
             ),
             {
                 **_fusion_flags(gate, tail, gate_mask, fusion_mask, count),
-                "INIT": init is not None, "TOLERANCE": tolerance is not None, "TRACE": record,
+                "STATUS": modality_status is not None, "INIT": init is not None,
+                "TOLERANCE": tolerance is not None, "TRACE": record,
             },
             FUSION_PHASES,
         )  # fmt: skip
@@ -304,7 +310,9 @@ def adjoint_fusion(
                 torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters
             ]
             return dm, dx, nothing, outcome
-        weights = packed(*_fusion_parameters(parameters, gate_input), layout, True, options.climbs)
+        weights = packed(
+            *_fusion_parameters(parameters, gate_input), layout, True, options.climbs, plan.counts
+        )
         forward, backward = weights.forward.squeeze(1), weights.backward.squeeze(1)
         low = (weights.low if options.climbs else weights.backward).squeeze(1)
         gate_of_modalities = 0 if shared else 2
@@ -321,7 +329,7 @@ def adjoint_fusion(
                 weights.vectors, *(plan.rows_of() for _ in range(10)),
                 plan.empty(plan.size, groups), plan.rows_of(count), plan.empty(plan.size), left,
                 right, sums,
-                *plan.history(),
+                *plan.history(weights.counters),
             ),
             {
                 **_fusion_flags(gate, tail, gate_mask, fusion_mask, count),

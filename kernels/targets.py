@@ -24,7 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import GRADIENT_TILES, GRADIENTS, SCHEDULES, Config, shipped, shipped_schedules
+from .config import (
+    GRADIENT_TILES,
+    GRADIENTS,
+    INJECTION,
+    INJECTION_TILES,
+    SCHEDULES,
+    Config,
+    shipped,
+    shipped_schedules,
+)
 from .layout import Layout
 
 
@@ -59,13 +68,13 @@ _TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|v_mfma\w*)")
 
 
 _TYPES = {
-    **dict.fromkeys(("status", "steps", "solved", "counters", "saved"), "*i32"),
+    **dict.fromkeys(("status", "steps", "solved", "modality_status", "counters", "saved"), "*i32"),
     "present": "*i8",
     **dict.fromkeys(
         ("low", "low1", "low2", "lowg", "lowf", "lowb1", "lowb2", "lowbg", "lowbf"), "*bf16"
     ),
     **dict.fromkeys(
-        ("rows", "padded_rows", "max_steps", "blocks", "columns", "s0", "s1", "s2"), "i32"
+        ("rows", "padded_rows", "max_steps", "blocks", "columns", "counts", "s0", "s1", "s2"), "i32"
     ),
     **dict.fromkeys(("rtol", "atol", "ridge", "mixing"), "fp32"),
 }
@@ -135,6 +144,7 @@ def kernels() -> dict[str, Any]:
     from .fusion import fusion_solve_kernel
     from .fusion_adjoint import fusion_adjoint_kernel
     from .gradients import parameter_gradients_kernel
+    from .injection import inject_adjoint_kernel, inject_kernel, inject_sums_kernel
     from .modality import modality_solve_kernel
     from .modality_adjoint import modality_adjoint_kernel
     from .packing import pack_kernel
@@ -146,6 +156,9 @@ def kernels() -> dict[str, Any]:
         "fusion adjoint": fusion_adjoint_kernel,
         "parameter gradients": parameter_gradients_kernel,
         "pack": pack_kernel,
+        "inject": inject_kernel,
+        "inject adjoint": inject_adjoint_kernel,
+        "inject sums": inject_sums_kernel,
     }
 
 
@@ -184,7 +197,7 @@ def programs(target: str, dims: Sequence[int] = DIMS) -> list[Program]:
         for schedule in SCHEDULES:
             for kernel, constants in (
                 ("modality", {**modality, **forward}),
-                ("fusion", {**fusion, **forward}),
+                ("fusion", {**fusion, **forward, "STATUS": True}),
                 ("modality adjoint", {**modality, "TRUNCATED": False}),
                 ("fusion adjoint", {**fusion, "TRUNCATED": False}),
             ):
@@ -208,6 +221,13 @@ def programs(target: str, dims: Sequence[int] = DIMS) -> list[Program]:
             "BACKWARD": True, "LOW": True,
         }  # fmt: skip
         found.append(Program(f"pack d={dim}", "pack", packs, Config(warps=4)))
+        rows = {"N": 3, "DIM": dim, "PRESENT": True, **INJECTION_TILES}
+        for name, constants in (
+            ("inject", {**rows, "STACKED": False}),
+            ("inject adjoint", rows),
+            ("inject sums", {"N": 3, "BM": 128}),
+        ):
+            found.append(Program(f"{name} d={dim}", name, constants, INJECTION))
         gradients = {
             **GRADIENT_TILES, "DIM": dim, "G": layout.groups, "P": layout.padded,
             "PRECISION": precision,
@@ -231,9 +251,11 @@ def programs(target: str, dims: Sequence[int] = DIMS) -> list[Program]:
 
 
 def multiplies(program: Program) -> bool:
-    """Whether a program has matrix products: packing and some phases of schedule step have none."""
-    phase = program.constants.get("PHASE", 0)
-    return program.kernel != "pack" and (phase == 0 or phase in PRODUCTS[program.kernel])
+    """Whether a program has matrix products: some phases of schedule step have none."""
+    if program.kernel in PRODUCTS:
+        phase = program.constants["PHASE"]
+        return phase == 0 or phase in PRODUCTS[program.kernel]
+    return program.kernel == "parameter gradients"
 
 
 def compiled(program: Program, target: str) -> Report:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deqfusion import DEQFusion, Implicit, Unroll, functional
+from deqfusion import DEQFusion, Implicit, Status, Unroll, functional
 
 DIM, COUNT, BATCH = 16, 2, 6
 
@@ -63,6 +63,63 @@ def test_every_tensor_is_checked(fusion, name):
         for wrong in wrong_tensors(value, FREE.get((name, key))):
             with pytest.raises((TypeError, ValueError), match=r"\w+: got .*, expected "):
                 function(**{**good, key: wrong})
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_stack_and_inject(whole):
+    """Stacks, leaves the absent out, and gives the gradients of both results."""
+    torch.manual_seed(1)
+    x = torch.randn(COUNT, 4, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(COUNT, dtype=torch.float64, requires_grad=True)
+    bias = torch.rand(1, dtype=torch.float64, requires_grad=True)
+    present = torch.tensor([[True, False, True, False], [True, True, False, False]])
+
+    def start(x, weight, bias, present=None):
+        features = x if whole else list(x.unbind(0))
+        return functional.stack_and_inject(features, weight, bias, present)
+
+    stacked, injected = start(x, weight, bias)
+    assert torch.equal(stacked, x)
+    torch.testing.assert_close(injected, functional.inject(x, weight, bias))
+    assert torch.autograd.gradcheck(start, (x, weight, bias))
+    stacked, injected = start(x, weight, bias, present)
+    assert torch.equal(stacked, torch.where(present.unsqueeze(-1), x, 0.0))
+    assert torch.equal(injected.isnan().all(-1), ~present.any(0))
+    known = present.any(0)
+    torch.testing.assert_close(injected[known], functional.inject(x, weight, bias, present)[known])
+    some = [present[:, known]]
+    assert torch.autograd.gradcheck(
+        lambda x, *rest: start(x[:, known], *rest, *some), (x, weight, bias)
+    )
+
+
+def test_stack_and_inject_checks_its_arguments():
+    good = [torch.randn(4, 3), torch.randn(4, 3)]
+    weight, bias = torch.ones(2), torch.zeros(1)
+    for wrong in (
+        (good[0], weight, bias), ([], weight, bias), ([good[0], good[1][:2]], weight, bias),
+        ([good[0], good[1].double()], weight, bias), ([g.long() for g in good], weight, bias),
+        (good, torch.ones(3), bias), (good, weight, torch.zeros(2)),
+        (good, weight, bias, torch.ones(2, 4)), (good, weight, bias, torch.ones(4, 2).bool()),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=r"\w+: got .*, expected "):
+            functional.stack_and_inject(*wrong)
+
+
+def test_a_row_that_lost_a_modality_has_no_fusion(fusion):
+    x, row = torch.randn(COUNT, BATCH, DIM), torch.randn(BATCH, DIM)
+    status = torch.zeros(COUNT, BATCH, dtype=torch.int32)
+    status[1, 2] = int(Status.NON_FINITE)
+    got = functional.fusion_equilibrium(
+        x, row, fusion.fusion_parameters, cell=fusion.options, modality_status=status
+    )
+    lost = torch.arange(BATCH) == 2
+    assert torch.equal(got.status == int(Status.NON_FINITE), lost)
+    for wrong in (status[0], status.long(), [1]):
+        with pytest.raises((TypeError, ValueError), match=r"modality_status: got .*, expected"):
+            functional.fusion_equilibrium(
+                x, row, fusion.fusion_parameters, cell=fusion.options, modality_status=wrong
+            )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -24,6 +24,7 @@ from deqfusion.reference.cell import (
 from deqfusion.reference.fusion import FusionBlock
 from deqfusion.reference.host import MIN_ROWS, fixed_point
 from deqfusion.reference.iterate import (
+    NON_FINITE,
     Block,
     Outcome,
     Settings,
@@ -111,13 +112,23 @@ class SplitBlock(Block, Protocol):
 
 
 @functools.cache
+def bfloat16_instructions() -> str | None:
+    """How this processor multiplies bfloat16 matrices: "AMX", "AVX512-BF16", "SVE" or None."""
+    probes = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+    for name, probe in probes.items():
+        if getattr(torch.cpu, probe, bool)():
+            return name
+    return "SVE" if "SVE" in torch.backends.cpu.get_cpu_capability() else None
+
+
 def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in hardware."""
-    machine = torch.backends.cpu.get_cpu_capability()
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    if any(getattr(torch.cpu, probe, bool)() for probe in probes):
-        return True
-    return "SVE" in machine
+    """Whether bfloat16 products pay on this processor, with the threads that torch has.
+
+    AVX512-BF16 is twice as fast as fp32. On more than one thread products are too small a part of a
+    step for that: two lost 5 to 30% (bench/NOTES.md).
+    """
+    kind = bfloat16_instructions()
+    return kind is not None and (kind != "AVX512-BF16" or torch.get_num_threads() == 1)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -254,6 +265,7 @@ def solve_modality(
 def solve_fusion(
     modalities: Tensor,
     injection: Tensor,
+    modality_status: Tensor | None,
     init: Tensor | None,
     gate_mask: Tensor | None,
     fusion_mask: Tensor | None,
@@ -268,16 +280,21 @@ def solve_fusion(
     Args:
         modalities: (N, R, d), z_i*.
         injection: (R, d), x_f.
+        modality_status: int32 (N, R) or None; a row with a NON_FINITE one has no answer.
         init: (R, d) or None.
         gate_mask: (N, R, 1 or d) or None, factor on the gates.
         fusion_mask: (R, d) or None, factor on W_f u + b_f.
         p, cell, o, tolerance, record: as in `solve_modality`.
     """
+    if modality_status is not None:
+        lost = (modality_status == NON_FINITE).any(0).unsqueeze(-1)
+        injection = torch.where(lost, torch.nan, injection)
     rows, index = injection.shape[0], filling(injection.shape[0], injection.device)
     if index is not None:
         filled = solve_fusion(
             modalities.index_select(1, index),
             injection[index],
+            None,
             None if init is None else init[index],
             rows_at(gate_mask, index),
             None if fusion_mask is None else fusion_mask[index],

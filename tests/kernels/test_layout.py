@@ -47,7 +47,9 @@ def test_packing_in_one_launch(dim, groups, backward):
     wide = torch.randn(1, dim, 2 * dim)
     weights = [wide[..., :dim], torch.randn(1, dim, dim), wide[..., dim:]]
     vectors = [torch.randn(1, dim) for _ in range(4)]
-    got = packed(weights, vectors, layout, backward, True)
+    got = packed(weights, vectors, layout, backward, True, 3000)
+    assert got.counters.shape == (3000,)
+    assert not got.counters.any()
     forward = layout.pack_weight(torch.stack(weights))
     assert torch.equal(got.forward, forward)
     iterated = forward.transpose(-1, -2) if backward else forward

@@ -114,7 +114,7 @@ def test_opcheck():
     model = layer(dropout=0.2).train()
     with Record():
         model([torch.randn(2, 8)]).sum().backward()
-    assert len({call[0] for call in calls}) == 4
+    assert len({call[0] for call in calls}) == 6
     for func, args, kwargs in calls:
         results = torch.library.opcheck(func, args, kwargs)
         assert set(results.values()) == {"SUCCESS"}, (func, results)
@@ -142,7 +142,10 @@ def test_fullgraph_compile_and_export():
 
 @pytest.mark.usefixtures("triton_backend")
 def test_launches(monkeypatch):
-    """A solve is two launches, an adjoint three, the first of each packing the parameters."""
+    """A solve is two launches, an adjoint three, the first of each packing the parameters.
+
+    Beside them one that stacks and injects, and two of its gradients; the rest are views.
+    """
     launched = []
     real = launch.launch
 
@@ -150,18 +153,32 @@ def test_launches(monkeypatch):
         launched.append(kernel.__name__)
         return real(kernel, *arguments, **options)
 
-    for module in ("launch", "packing", "solves"):
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            assert func.namespace == "deqfusion" or name in VIEWS, func
+            return func(*args, **(kwargs or {}))
+
+    for module in ("injection", "launch", "packing", "solves"):
         monkeypatch.setattr(f"deqfusion.kernels.{module}.launch", counted)
-    model, features = layer(), [torch.randn(2, 8)]
-    forward = ["pack_kernel", "modality_solve_kernel", "pack_kernel", "fusion_solve_kernel"]
-    backward = [
+    model, gradient = layer(), torch.randn(2, 8)
+    features = [torch.randn(2, 8, requires_grad=True)]
+    with Operations():
+        out = model(features)
+        assert launched == [
+            "inject_kernel", "pack_kernel", "modality_solve_kernel", "pack_kernel",
+            "fusion_solve_kernel",
+        ]  # fmt: skip
+        launched.clear()
+        out.backward(gradient)
+    assert launched == [
         "pack_kernel", "fusion_adjoint_kernel", "parameter_gradients_kernel",
         "pack_kernel", "modality_adjoint_kernel", "parameter_gradients_kernel",
+        "inject_adjoint_kernel", "inject_sums_kernel",
     ]  # fmt: skip
-    out = model(features)
-    assert launched == forward
-    out.sum().backward()
-    assert launched[4:] == backward
+
+
+VIEWS = {"view", "reshape", "unbind", "detach", "alias", "_unsafe_view", "unsqueeze", "squeeze"}
 
 
 @pytest.mark.usefixtures("triton_backend")

@@ -29,6 +29,16 @@ def bfloat16(monkeypatch):
     monkeypatch.setattr(solve, "fast_bfloat16", lambda: True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "threads", "pays"),
+    [(None, 1, False), ("AVX512-BF16", 1, True), ("AVX512-BF16", 2, False), ("AMX", 2, True)],
+)
+def test_where_bfloat16_products_pay(monkeypatch, kind, threads, pays):
+    monkeypatch.setattr(solve, "bfloat16_instructions", lambda: kind)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert solve.fast_bfloat16() is pays
+
+
 @pytest.fixture
 def low_products(monkeypatch, bfloat16):
     """Names of the blocks evaluated with bfloat16 products, in order."""
@@ -351,8 +361,9 @@ def test_solves_on_other_devices_read_nothing(unread, solver, scheduled, gate):
     with torch.no_grad(), unread:
         z = solve.solve_modality(features, init[:-1], present, pm, cell, o, tolerance, True)
         fused = solve.solve_fusion(
-            z.state, injection, init[-1], gate_mask, injection, pf, cell, o, tolerance, True
-        )
+            z.state, injection, z.status, init[-1], gate_mask, injection, pf, cell, o, tolerance,
+            True,
+        )  # fmt: skip
         joint.solve_joint(
             features, injection, init, present, gate_mask, None, pm, pf, cell, o, tolerance, True
         )
