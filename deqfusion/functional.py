@@ -34,6 +34,7 @@ __all__ = [
     "joint_equilibrium",
     "modality_adjoint",
     "modality_equilibrium",
+    "pack",
     "stack_and_inject",
 ]
 
@@ -138,14 +139,25 @@ class _StackAndInject(torch.autograd.Function):
         parts = features[0].unbind(0) if ctx.whole else features
         x, injected = torch.ops.deqfusion.inject(parts, present, weight, bias)
         ctx.save_for_backward(x, present, weight, bias)
+        ctx.set_materialize_grads(False)
         return x, injected
 
     @staticmethod
     @_differentiable_once
-    def backward(ctx: Any, gradient: Tensor, injected_gradient: Tensor) -> Any:
-        features, weight, bias = torch.ops.deqfusion.inject_adjoint(
-            gradient, injected_gradient, *ctx.saved_tensors
-        )
+    def backward(ctx: Any, gradient: Tensor | None, injected_gradient: Tensor | None) -> Any:
+        x, present, *_ = ctx.saved_tensors
+        weight = bias = None
+        if injected_gradient is not None:
+            gradient = torch.zeros_like(x) if gradient is None else gradient
+            features, weight, bias = torch.ops.deqfusion.inject_adjoint(
+                gradient, injected_gradient, *ctx.saved_tensors
+            )
+        elif gradient is None:
+            return (None,) * len(ctx.needs_input_grad)
+        elif present is None:
+            features = gradient
+        else:
+            features = torch.where(present.unsqueeze(-1), gradient, 0.0)
         return (None, weight, bias, *((features,) if ctx.whole else features.unbind(0)))
 
 
@@ -190,11 +202,11 @@ def stack_and_inject(
 class _ModalityEquilibrium(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, init: Tensor | None, present: Tensor | None, tolerance: Tensor | None,
-        record: bool, adjoint: str, *rest: Any,
+        ctx: Any, x: Tensor, init: Tensor | None, present: Tensor | None, packed: Tensor | None,
+        tolerance: Tensor | None, record: bool, adjoint: str, *rest: Any,
     ) -> Any:  # fmt: skip
         state, status, steps, residual, trace = torch.ops.deqfusion.modality_equilibrium(
-            x, init, present, *rest, tolerance, record
+            x, init, present, packed, *rest, tolerance, record
         )
         ctx.mark_non_differentiable(status, steps, residual, trace)
         ctx.set_materialize_grads(False)
@@ -205,14 +217,14 @@ class _ModalityEquilibrium(torch.autograd.Function):
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
-        nothing = (None,) * (6 + _M + _C + _S)
+        nothing = (None,) * (7 + _M + _C + _S)
         if gradient is None:
             return nothing
         x, present, state, status, *parameters = ctx.saved_tensors
         dx, *grads = torch.ops.deqfusion.modality_adjoint(
             gradient, state, status, x, present, *parameters, *ctx.cell, ctx.adjoint
         )
-        return (dx, *nothing[:5], *grads[:_M], *nothing[: _C + _S])
+        return (dx, *nothing[:6], *grads[:_M], *nothing[: _C + _S])
 
 
 class _FusionEquilibrium(torch.autograd.Function):
@@ -220,11 +232,11 @@ class _FusionEquilibrium(torch.autograd.Function):
     def forward(
         ctx: Any, modalities: Tensor, injection: Tensor, modality_status: Tensor | None,
         init: Tensor | None, gate_mask: Tensor | None, fusion_mask: Tensor | None,
-        tolerance: Tensor | None, record: bool, adjoint: str, *rest: Any,
+        packed: Tensor | None, tolerance: Tensor | None, record: bool, adjoint: str, *rest: Any,
     ) -> Any:  # fmt: skip
         state, status, steps, residual, trace = torch.ops.deqfusion.fusion_equilibrium(
-            modalities, injection, modality_status, init, gate_mask, fusion_mask, *rest, tolerance,
-            record,
+            modalities, injection, modality_status, init, gate_mask, fusion_mask, packed, *rest,
+            tolerance, record,
         )  # fmt: skip
         ctx.mark_non_differentiable(status, steps, residual, trace)
         ctx.set_materialize_grads(False)
@@ -237,7 +249,7 @@ class _FusionEquilibrium(torch.autograd.Function):
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
-        nothing = (None,) * (9 + _F + _C + _S)
+        nothing = (None,) * (10 + _F + _C + _S)
         if gradient is None:
             return nothing
         modalities, injection, gate_mask, fusion_mask, state, status, *p = ctx.saved_tensors
@@ -245,7 +257,7 @@ class _FusionEquilibrium(torch.autograd.Function):
             gradient, state, status, modalities, injection, gate_mask, fusion_mask, *p, *ctx.cell,
             ctx.adjoint,
         )  # fmt: skip
-        return (dm, dx, *nothing[:7], *grads[:_F], *nothing[: _C + _S])
+        return (dm, dx, *nothing[:8], *grads[:_F], *nothing[: _C + _S])
 
 
 class _JointEquilibrium(torch.autograd.Function):
@@ -328,6 +340,19 @@ def _check_solution(gradient: Any, z: Any, status: Tensor | None, x: Tensor) -> 
     return status
 
 
+def pack(
+    modality: ModalityParameters, fusion: FusionParameters, cell: CellOptions, solver: Solver
+) -> tuple[Tensor, Tensor]:
+    """Both blocks' parameters as the Triton programs read them, in one launch.
+
+    What `modality_equilibrium` and `fusion_equilibrium` with the same options take as `packed`;
+    empty where the reference runs. Pack anew when a parameter changes: nothing notices.
+    """
+    with torch.no_grad():
+        one, two = torch.ops.deqfusion.pack(*modality, *fusion, *cell, solver.encoded)
+    return one, two
+
+
 def modality_equilibrium(
     x: Tensor,
     parameters: ModalityParameters,
@@ -337,6 +362,7 @@ def modality_equilibrium(
     adjoint: Adjoint = Implicit(),  # noqa: B008
     init: Tensor | None = None,
     present: Tensor | None = None,
+    packed: Tensor | None = None,
     tolerance: Tensor | None = None,
     trace: bool = False,
 ) -> BlockSolution:
@@ -350,6 +376,7 @@ def modality_equilibrium(
         adjoint: `Implicit`, `Phantom` or `OneStep`.
         init: (N, R, d), where to start; None starts from 0. No gradient flows to it.
         present: bool (N, R); absent modalities are left out (state 0, gradient 0).
+        packed: of `pack`, of these very parameters; None packs them where that is needed.
         tolerance: () float tensor in place of `solver.tol`.
         trace: whether to record residuals.
 
@@ -364,7 +391,7 @@ def modality_equilibrium(
     _check_modality(x, parameters, cell, adjoint, present)
     _check_solve(solver, init, tolerance, x, x.shape)
     state, *rest = _ModalityEquilibrium.apply(
-        x, init, present, tolerance, trace, adjoint.encoded, *parameters, *cell,
+        x, init, present, packed, tolerance, trace, adjoint.encoded, *parameters, *cell,
         solver.encoded,
     )  # fmt: skip
     return BlockSolution(state, *rest)
@@ -382,6 +409,7 @@ def fusion_equilibrium(
     init: Tensor | None = None,
     gate_mask: Tensor | None = None,
     fusion_mask: Tensor | None = None,
+    packed: Tensor | None = None,
     tolerance: Tensor | None = None,
     trace: bool = False,
 ) -> BlockSolution:
@@ -396,7 +424,7 @@ def fusion_equilibrium(
         init: (R, d), where to start; None starts from 0.
         gate_mask: (N, R, 1 or d), factor on the gates (presence, dropout).
         fusion_mask: (R, d), factor on W_f u + b_f (dropout).
-        cell, solver, adjoint, tolerance, trace: as in `modality_equilibrium`.
+        cell, solver, adjoint, packed, tolerance, trace: as in `modality_equilibrium`.
 
     Returns:
         `BlockSolution` with state (R, d).
@@ -412,8 +440,8 @@ def fusion_equilibrium(
         shape = tuple(modalities.shape[:2])
         check.tensor("modality_status", modality_status, [shape], injection, torch.int32)
     state, *rest = _FusionEquilibrium.apply(
-        modalities, injection, modality_status, init, gate_mask, fusion_mask, tolerance, trace,
-        adjoint.encoded, *parameters, *cell, solver.encoded,
+        modalities, injection, modality_status, init, gate_mask, fusion_mask, packed, tolerance,
+        trace, adjoint.encoded, *parameters, *cell, solver.encoded,
     )  # fmt: skip
     return BlockSolution(state, *rest)
 

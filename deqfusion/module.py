@@ -7,6 +7,7 @@ point is that of the joint map, which `DEQFusion.cell` evaluates.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -354,7 +355,8 @@ class DEQFusion(nn.Module):
         self, features: Features, mask: Tensor | None, injection: Tensor | None
     ) -> _Rows:
         """The same by one operator, for a solve that gives its own gradients."""
-        if injection is not None:
+        if injection is not None or self.joint:
+            # A joint solve is the reference on every device.
             return self._rows(features, mask, injection)
         parts = check.modality_features(features, self.num_modalities, self.dim)
         shape = parts[0].shape[:-1]
@@ -375,17 +377,17 @@ class DEQFusion(nn.Module):
         weight = self.modality_weight1
         check.same_device("features", features[0], weight.device, "the parameters")
         autocast = torch.is_autocast_enabled(weight.device.type)
-        flat = []
-        for x in features:
-            if not autocast and x.dtype != weight.dtype:
-                raise TypeError(
-                    f"features: got dtype {x.dtype}, expected {weight.dtype} as the parameters (or "
-                    "call under torch.autocast)"
-                )
-            # The solve chooses its own precisions; autocast only relaxes what comes in.
-            flat.append(
-                x.to(weight.dtype).reshape(*x.shape[: x.dim() - len(leading) - 1], -1, self.dim)
+        kind = functools.reduce(torch.promote_types, (x.dtype for x in features))
+        if not autocast and kind != weight.dtype:
+            raise TypeError(
+                f"features: got dtype {kind}, expected {weight.dtype} as the parameters (or call "
+                "under torch.autocast)"
             )
+        # The solve chooses its own precisions; autocast only relaxes what comes in.
+        flat = [
+            x.to(weight.dtype).reshape(*x.shape[: x.dim() - len(leading) - 1], -1, self.dim)
+            for x in features
+        ]
         present = None
         if mask is not None:
             present = check.mask(mask, leading, self.num_modalities)
@@ -455,16 +457,19 @@ class DEQFusion(nn.Module):
                 tolerance=tolerance, trace=trace,
             )  # fmt: skip
             return whole.state[:-1], whole.state[-1], [whole[1:]]
+        packed = functional.pack(
+            self.modality_parameters, self.fusion_parameters, self.options, self.solver
+        )
         z = functional.modality_equilibrium(
             rows.x, self.modality_parameters, cell=self.options, solver=self.solver,
             adjoint=self.adjoint, init=None if start is None else start[:-1],
-            present=rows.present, tolerance=tolerance, trace=trace,
+            present=rows.present, packed=packed[0], tolerance=tolerance, trace=trace,
         )  # fmt: skip
         fused = functional.fusion_equilibrium(
             z.state, rows.injection, self.fusion_parameters, cell=self.options,
             solver=self.solver, adjoint=self.adjoint, modality_status=z.status,
             init=None if start is None else start[-1], gate_mask=gate_mask,
-            fusion_mask=fusion_mask, tolerance=tolerance, trace=trace,
+            fusion_mask=fusion_mask, packed=packed[1], tolerance=tolerance, trace=trace,
         )  # fmt: skip
         return z.state, fused.state, [z[1:], fused[1:]]
 

@@ -2,6 +2,7 @@ r"""The operators: one per solve and one per backward pass of a block.
 
     deqfusion::inject                 what a solve starts from: stacked features, x_f
     deqfusion::inject_adjoint         its gradients
+    deqfusion::pack                   both blocks' parameters as the Triton programs read them
     deqfusion::modality_equilibrium   N modality equilibria of R rows
     deqfusion::modality_adjoint       their gradients: implicit solve and final VJP
     deqfusion::fusion_equilibrium     the fusion equilibrium of R rows
@@ -49,13 +50,15 @@ _SCHEMAS = {
     "(Tensor, Tensor)",
     "inject_adjoint": "(Tensor gradient, Tensor injected_gradient, Tensor x, Tensor? present, "
     "Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
-    "modality_equilibrium": f"(Tensor x, Tensor? init, Tensor? present, {_MODALITY}, {_CELL}, "
+    "pack": f"({_MODALITY}, {_FUSION}, {_CELL}, {_SOLVER}) -> (Tensor, Tensor)",
+    "modality_equilibrium": "(Tensor x, Tensor? init, Tensor? present, Tensor? packed, "
+    f"{_MODALITY}, {_CELL}, "
     f"{_SOLVER}, Tensor? tolerance, bool record) -> {_SOLUTION}",
     "modality_adjoint": f"(Tensor gradient, Tensor z, Tensor status, Tensor x, Tensor? present, "
     f"{_MODALITY}, {_CELL}, {_SOLVER}) -> ({', '.join(['Tensor'] * 14)})",
     "fusion_equilibrium": "(Tensor modalities, Tensor injection, Tensor? modality_status, "
-    "Tensor? init, "
-    f"{_MASKS}, {_FUSION}, {_CELL}, {_SOLVER}, Tensor? tolerance, bool record) -> {_SOLUTION}",
+    f"Tensor? init, {_MASKS}, Tensor? packed, {_FUSION}, {_CELL}, {_SOLVER}, Tensor? tolerance, "
+    f"bool record) -> {_SOLUTION}",
     "fusion_adjoint": f"(Tensor gradient, Tensor z, Tensor status, Tensor modalities, "
     f"Tensor injection, {_MASKS}, {_FUSION}, {_CELL}, {_SOLVER}) -> "
     f"({', '.join(['Tensor'] * 11)})",
@@ -139,15 +142,24 @@ def _inject_adjoint(
     return chosen.inject_adjoint(gradient, injected_gradient, x, present, weight, bias)
 
 
+def _pack(*arguments: Any) -> tuple[Tensor, ...]:
+    m, f, c, s, _ = _split(arguments, _M, _F, _C, _S)
+    parameters = ModalityParameters(*m)
+    if not _triton(parameters.weight1):
+        return _fake_pack(*arguments)
+    return programs.pack(
+        parameters, FusionParameters(*f), CellOptions(*c), SolverOptions.decode(*s)
+    )
+
+
 def _modality_equilibrium(
-    x: Tensor, init: Tensor | None, present: Tensor | None, *rest: Any
+    x: Tensor, init: Tensor | None, present: Tensor | None, packed: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     p, c, s, (tolerance, record) = _split(rest, _M, _C, _S)
-    parameters, cell, solver = ModalityParameters(*p), CellOptions(*c), SolverOptions.decode(*s)
-    chosen = programs if _triton(x) else solve
-    return tuple(
-        chosen.solve_modality(x, init, present, parameters, cell, solver, tolerance, record)
-    )
+    values = ModalityParameters(*p), CellOptions(*c), SolverOptions.decode(*s), tolerance, record
+    if _triton(x):
+        return programs.solve_modality(x, init, present, packed, *values)
+    return tuple(solve.solve_modality(x, init, present, *values))
 
 
 def _modality_adjoint(
@@ -163,14 +175,15 @@ def _modality_adjoint(
 
 def _fusion_equilibrium(
     modalities: Tensor, injection: Tensor, modality_status: Tensor | None, init: Tensor | None,
-    gate_mask: Tensor | None, fusion_mask: Tensor | None, *rest: Any,
+    gate_mask: Tensor | None, fusion_mask: Tensor | None, packed: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p, c, s, (tolerance, record) = _split(rest, _F, _C, _S)
-    chosen = programs if _triton(injection) else solve
-    solution = chosen.solve_fusion(
-        modalities, injection, modality_status, init, gate_mask, fusion_mask, FusionParameters(*p),
-        CellOptions(*c), SolverOptions.decode(*s), tolerance, record,
-    )  # fmt: skip
+    values = FusionParameters(*p), CellOptions(*c), SolverOptions.decode(*s), tolerance, record
+    tensors = modalities, injection, modality_status, init, gate_mask, fusion_mask
+    if _triton(injection):
+        solution = programs.solve_fusion(*tensors, packed, *values)
+    else:
+        solution = tuple(solve.solve_fusion(*tensors, *values))
     return tuple(t.squeeze(0) for t in solution)
 
 
@@ -232,7 +245,17 @@ def _fake_inject_adjoint(
     return tuple(_fresh((x, weight, bias)))
 
 
-def _fake_modality_equilibrium(x: Tensor, init: Any, present: Any, *rest: Any) -> Any:
+def _fake_pack(*arguments: Any) -> Any:
+    """The reference reads the parameters as they are: nothing is packed for it."""
+    m, _, c, s, _ = _split(arguments, _M, _F, _C, _S)
+    weight, sizes = m[0], (0, 0)
+    if implementation(weight.device.type) == "triton":
+        count, dim = weight.shape[:2]
+        sizes = programs.packed_sizes(count, dim, CellOptions(*c), SolverOptions.decode(*s))
+    return tuple(weight.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+def _fake_modality_equilibrium(x: Tensor, init: Any, present: Any, packed: Any, *rest: Any) -> Any:
     _, _, s, (_, record) = _split(rest, _M, _C, _S)
     return _solution_like(x, tuple(x.shape[:2]), SolverOptions.decode(*s).max_steps, record)
 
@@ -246,7 +269,7 @@ def _fake_modality_adjoint(
 
 def _fake_fusion_equilibrium(
     modalities: Tensor, injection: Tensor, modality_status: Any, init: Any, gate_mask: Any,
-    fusion_mask: Any, *rest: Any,
+    fusion_mask: Any, packed: Any, *rest: Any,
 ) -> Any:  # fmt: skip
     _, _, s, (_, record) = _split(rest, _F, _C, _S)
     steps = SolverOptions.decode(*s).max_steps
@@ -273,6 +296,7 @@ def _fake_joint_equilibrium(
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "inject": (_inject, _fake_inject),
     "inject_adjoint": (_inject_adjoint, _fake_inject_adjoint),
+    "pack": (_pack, _fake_pack),
     "modality_equilibrium": (_modality_equilibrium, _fake_modality_equilibrium),
     "modality_adjoint": (_modality_adjoint, _fake_modality_adjoint),
     "fusion_equilibrium": (_fusion_equilibrium, _fake_fusion_equilibrium),

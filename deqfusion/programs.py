@@ -73,6 +73,17 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
     return {"medium": "low", "high": "tf32", "highest": "tf32x3"}[wanted]
 
 
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype == torch.float64:
+        raise ValueError(f"dtype: got {dtype}, {_schedules()} have float32 and less; {_ELSE}")
+
+
+def _schedules() -> str:
+    from deqfusion.kernels.config import SCHEDULES
+
+    return f"the Triton programs (schedules {', '.join(SCHEDULES)})"
+
+
 def _options(o: SolverOptions, x: Tensor) -> Any:
     """A solver as the programs take it.
 
@@ -82,13 +93,8 @@ def _options(o: SolverOptions, x: Tensor) -> Any:
     from deqfusion.kernels.config import SolveOptions
 
     if o.method == "broyden":
-        raise ValueError(
-            f"solver: got Broyden, the Triton programs have Anderson and Picard; {_ELSE}"
-        )
-    if x.dtype == torch.float64:
-        raise ValueError(
-            f"dtype: got {x.dtype}, the Triton programs have float32 and less; {_ELSE}"
-        )
+        raise ValueError(f"solver: got Broyden, {_schedules()} have Anderson and Picard; {_ELSE}")
+    _check_dtype(x.dtype)
     plain = o.method in ("picard", "truncated")
     return SolveOptions(
         rtol=o.rtol, atol=o.atol, max_steps=o.max_steps, memory=0 if plain else o.memory,
@@ -104,6 +110,7 @@ def inject(
     """As `deqfusion.reference.injection.inject`."""
     from deqfusion.kernels import injection
 
+    _check_dtype(features[0].dtype)
     return injection.inject(features, present, weight, bias)
 
 
@@ -114,19 +121,47 @@ def inject_adjoint(
     """As `deqfusion.reference.injection.inject_adjoint`."""
     from deqfusion.kernels import injection
 
+    _check_dtype(x.dtype)
     return injection.inject_adjoint(gradient, injected_gradient, x, present, weight, bias)
 
 
+def packed_sizes(count: int, dim: int, cell: CellOptions, o: SolverOptions) -> tuple[int, int]:
+    """Elements of both tensors of `pack`, for N modalities of width d."""
+    from deqfusion.kernels.layout import Layout, packed_sizes
+
+    layout, low = Layout(dim, cell.num_groups), _packs_low(o, dim)
+    jobs = 3 if cell.gate_input == "concat" else 2
+    return (
+        sum(packed_sizes(layout, 2, count, len(ModalityParameters._fields) - 2, low)),
+        sum(packed_sizes(layout, jobs, 1, len(FusionParameters._fields) - 2, low)),
+    )
+
+
+def pack(
+    p: ModalityParameters, fusion: FusionParameters, cell: CellOptions, o: SolverOptions
+) -> tuple[Tensor, ...]:
+    """Both blocks' parameters for solves with these options, in one launch."""
+    from deqfusion.kernels import solves
+
+    low = _packs_low(o, p.weight1.shape[-1])
+    return tuple(solves.pack(p, fusion, cell.num_groups, cell.gate_input, low))
+
+
+def _packs_low(o: SolverOptions, dim: int) -> bool:
+    return o.ladder and dim >= LADDER_WIDTH and o.method != "truncated"
+
+
 def solve_modality(
-    x: Tensor, init: Tensor | None, present: Tensor | None, p: ModalityParameters,
-    cell: CellOptions, o: SolverOptions, tolerance: Tensor | None, record: bool,
+    x: Tensor, init: Tensor | None, present: Tensor | None, packed: Tensor | None,
+    p: ModalityParameters, cell: CellOptions, o: SolverOptions, tolerance: Tensor | None,
+    record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `deqfusion.reference.solve.solve_modality`."""
     from deqfusion.kernels import solves
 
     return solves.solve_modality(
         x.contiguous(), p, cell.num_groups, cell.skip, _options(o, x), init=init, present=present,
-        tolerance=tolerance, record=record,
+        tolerance=tolerance, record=record, weights=packed,
     )  # fmt: skip
 
 
@@ -146,8 +181,9 @@ def adjoint_modality(
 
 def solve_fusion(
     modalities: Tensor, injection: Tensor, modality_status: Tensor | None, init: Tensor | None,
-    gate_mask: Tensor | None, fusion_mask: Tensor | None, p: FusionParameters, cell: CellOptions,
-    o: SolverOptions, tolerance: Tensor | None, record: bool,
+    gate_mask: Tensor | None, fusion_mask: Tensor | None, packed: Tensor | None,
+    p: FusionParameters, cell: CellOptions, o: SolverOptions, tolerance: Tensor | None,
+    record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `deqfusion.reference.solve.solve_fusion`."""
     from deqfusion.kernels import solves
@@ -156,6 +192,7 @@ def solve_fusion(
         modalities, injection.contiguous(), p, cell.num_groups, cell.gate, cell.gate_input,
         cell.tail, _options(o, injection), modality_status=modality_status, init=init,
         gate_mask=gate_mask, fusion_mask=fusion_mask, tolerance=tolerance, record=record,
+        weights=packed,
     )  # fmt: skip
     return tuple(solution)
 

@@ -8,6 +8,9 @@ MAX_MEMORY = 8
 PRECISIONS = ("ieee", "tf32", "tf32x3", "low")
 """Of products: fp32 as it is, in tensor-core formats of 10 and of 3 times 10 bits, and bfloat16."""
 
+COUNTERS = 1024
+"""Of meetings, of a block: a cooperative launch has no more row blocks than multiprocessors."""
+
 SCHEDULES = ("row", "cooperative", "step")
 MAX_PADDED = 1024
 """Channels of a padded group that a tile may have."""
@@ -99,9 +102,14 @@ class SolveOptions:
         return self.memory if self.memory > 1 else 0
 
     @property
+    def packs_low(self) -> bool:
+        """Whether weights are packed in bfloat16 as well."""
+        return self.ladder and not self.truncated
+
+    @property
     def climbs(self) -> bool:
         """Whether there are two kinds of steps."""
-        return self.ladder and not self.truncated and self.precision != "low"
+        return self.packs_low and self.precision != "low"
 
 
 def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128) -> Config:

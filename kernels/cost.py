@@ -2,11 +2,11 @@ r"""What a solve should cost on a device, from bytes, operations, launches and m
 
 A program of schedule *row* streams all weights of its block through its multiprocessor every step,
 one of the others the columns of its group. G programs of schedule *cooperative* meet three times a
-step (four in an adjoint's, whose phases are one more); in *step* each phase is a launch:
+step (four in an adjoint's, whose phases are one more); in *step* the host launches each phase:
 
     bytes       = products (W^2 b / g + BM W 4)  +  (4 M + 6) BM W 4 / g       per program and step
     operations  = products 2 BM W^2 / g
-    step        = waves max(bytes / L2, operations / rate) + phases (latency, + barrier or launch)
+    step        = waves max(bytes / L2, operations / rate) + phases (latency + barrier or host)
     solve       = launch + steps step
 
 with g = 1 or G, b the bytes of a weight, L2 and rate those of one multiprocessor (rate times the
@@ -80,6 +80,9 @@ DEVICES = {
     ),
 }  # fmt: skip
 
+HOST = 10e-6
+"""Seconds that the host takes to launch a program of this many arguments (assumed)."""
+
 LATENCY = 0.5e-6
 """Seconds from the last load of a phase to the first of the next, inside a program (assumed)."""
 
@@ -151,7 +154,9 @@ def predict(
     parts = {"L2": waves * moved / device.l2, "matrix": waves * operations / rate}
     if weights * count > device.cache:
         parts["memory"] = waves * weights * count / device.memory
-    between = {"row": 0.0, "cooperative": device.barrier, "step": device.launch}[config.schedule]
+    between = {"row": 0.0, "cooperative": device.barrier, "step": max(device.launch, HOST)}[
+        config.schedule
+    ]
     waiting = PHASES["adjoint" if adjoint else "forward"] * (LATENCY + between)
     step = max(parts.values()) + waiting
     limiter = max(parts, key=lambda name: parts[name])
@@ -164,7 +169,7 @@ def predict(
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def default_config(
     rows: int, layout: Layout, blocks: int, processors: int, *, adjoint: bool, capability: int
 ) -> Config:

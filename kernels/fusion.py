@@ -23,11 +23,12 @@ import triton
 import triton.language as tl
 
 from .primitives import affine, ladder_product, load_true, product, relu, standardise, store_true
-from .schedule import SUMS, meet, own_groups
+from .schedule import SUMS, leave, meet, own_groups
 from .solver import (
     NON_FINITE,
     SAVED,
     finish,
+    forget_ended,
     fresh,
     gather_sums,
     load_rows,
@@ -249,3 +250,6 @@ def fusion_solve_kernel(
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]
             store_true(out, tl.load(best_f + tile), begin, local, live, group, column, DIM, DG)
+    leave(counter, meeting, G, COOPERATIVE)
+    if PHASE == 6:
+        forget_ended(counters)

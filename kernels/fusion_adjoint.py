@@ -135,7 +135,7 @@ def fusion_adjoint_kernel(
         if SPREAD:
             share(partials, 0, largest, first_group, BM)
     meet(counter, meeting, G, COOPERATIVE)
-    if SPREAD and PHASE <= 3:
+    if SPREAD and (PHASE == 0 or PHASE == 2 or PHASE == 3):
         largest = gather_largest(partials, 0, BM, G)
     if PHASE == 0 or PHASE == 2:
         # Their norms, and the gates at z*.

@@ -27,7 +27,9 @@ POINTERS = 8
 """Modalities that come as tensors of their own; more are stacked first."""
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(
+    do_not_specialize=["rows"], do_not_specialize_on_alignment=[f"f{i}" for i in range(POINTERS)]
+)
 def inject_kernel(
     f0, f1, f2, f3, f4, f5, f6, f7, present, weight, bias, x, injected, rows,
     N: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STACKED: tl.constexpr,
@@ -74,6 +76,12 @@ def inject_adjoint_kernel(
     local = tl.arange(0, BM)
     live = begin + local < rows
     sums += block * (N + 1)
+    some = live
+    if PRESENT:
+        some = local < 0
+        for i in range(0, N):
+            at = present + i * rows.to(tl.int64) + begin + local
+            some = some | (tl.load(at, mask=live, other=0) != 0)
     constant = tl.zeros([BM], dtype=tl.float32)
     for i in range(0, N):
         w = tl.load(weight + i).to(tl.float32)
@@ -88,7 +96,7 @@ def inject_adjoint_kernel(
             inside = live[:, None] & (column < DIM)[None, :]
             tile = local[:, None] * DIM + column[None, :]
             d = tl.load(injected_gradient + begin * DIM + tile, mask=inside, other=0.0)
-            d = d.to(tl.float32)
+            d = tl.where(some[:, None], d.to(tl.float32), 0.0)
             features = tl.load(x + plane + tile, mask=inside, other=0.0).to(tl.float32)
             along += tl.sum(tl.where(d == 0.0, 0.0, d * features), 1)
             if i == 0:
@@ -159,6 +167,7 @@ def inject_adjoint(
         x, present, weight, bias: of `inject`.
     """
     count, rows, dim = x.shape
+    x = x.contiguous()
     features = torch.empty_like(x)
     found = torch.empty_like(weight), torch.empty_like(bias)
     blocks = -(-rows // INJECTION_TILES["BM"])

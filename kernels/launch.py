@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .config import MAX_PADDED, Config, SolveOptions, shipped
+from .config import COUNTERS, MAX_PADDED, Config, SolveOptions, shipped
 from .cost import default_config
 from .layout import Layout
 from .primitives import interpreted
@@ -141,20 +141,19 @@ class Plan:
         """Scratch (*leading, R', W)."""
         return self.empty(*leading, self.size, self.layout.width)
 
-    @property
-    def counts(self) -> int:
-        """Counters: of meetings, one per row block; in schedule step of row blocks that ended."""
-        return {"row": 0, "cooperative": self.blocks * self.programs, "step": 1}[
-            self.config.schedule
-        ]
-
     def history(self, counters: Tensor) -> tuple[Tensor, ...]:
-        """f, g, gram, partials, counters and saved of the solver; counters: `counts` zeros."""
+        """f, g, gram, partials, counters and saved of the solver.
+
+        counters: `COUNTERS` zeros. Of meetings, one per row block; in schedule step the first
+        counts the row blocks that have ended.
+        """
         slots = self.options.slots
         f, g = (self.rows_of(max(slots, 1), self.blocks) for _ in range(2))
         gram = self.empty(self.groups, self.blocks, self.size, slots, slots)
         if self.config.schedule == "row":
             return f, g, gram, gram, gram, gram
+        if self.cooperative and self.blocks * self.programs > COUNTERS:
+            counters = counters.new_zeros(self.blocks * self.programs)
         partials = self.empty(2 * SUMS, self.layout.groups, self.blocks, self.size)
         saved = partials
         if self.config.schedule == "step":
@@ -254,7 +253,7 @@ class Ended:
                 return False
             if int(self._copy) == self._expected:
                 return True
-        self._copy = torch.empty(1, dtype=torch.int32, pin_memory=True)
+        self._copy = torch.empty(1, dtype=torch.int32, device="cpu", pin_memory=True)
         self._copy.copy_(self._counter, non_blocking=True)
         self._event = torch.cuda.Event()
         self._event.record()

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .config import COUNTERS
+
 MIN_PADDED = 16
 
 
@@ -76,3 +78,19 @@ class Layout:
     def unpack_weight(self, weight: Tensor) -> Tensor:
         """The inverse: (..., D_in, D_out) -> (..., d_out, d_in), contiguous."""
         return self.unpack(self.unpack(weight).transpose(-1, -2)).contiguous()
+
+
+def packed_sizes(
+    layout: Layout, jobs: int, count: int, vectors: int, low: bool, backward: bool = False
+) -> tuple[int, int, int, int, int]:
+    """Sizes in fp32 elements of the tensors of `kernels.packing`, in their order.
+
+    Args:
+        jobs, count, vectors: J, K and V of a block.
+        low, backward: whether there are these.
+    """
+    weights = jobs * count * layout.width**2
+    return (
+        weights, count * vectors * layout.width, weights // 2 if low else 0, COUNTERS,
+        weights if backward else 0,
+    )  # fmt: skip

@@ -1,13 +1,14 @@
-r"""Packed parameters of a block, in one launch: what the programs read.
+r"""Packed parameters of one block or of both, in one launch: what the programs read.
 
     forward    W^T, (J, K, in, out), for products x W^T          fp32
-    backward   W, (J, K, out, in), for products x W              fp32
-    low        the one that iterates, for the ladder's steps     bfloat16
     vectors    (K, V, W)                                         fp32
-    counters   as many as asked for, 0                           int32
+    low        the one that iterates, for the ladder's steps     bfloat16
+    counters   of the schedules, 0 before and after a solve      int32
+    backward   W, (J, K, out, in), for products x W              fp32
 
-A program owns a tile [BT, BT] of a weight, or one vector of a modality and some counters of the
-schedule. Padding is zero (`kernels.layout`).
+A program owns a tile [BT, BT] of a weight, or one vector of a modality and some counters. Padding
+is zero (`kernels.layout`). The tensors of a block are views of one, in this order, so that
+`deqfusion::pack` hands them to a solve as one tensor.
 
 Parameters are packed at every solve and not kept: what tells that they changed, their version, is
 not raised by fused optimizers, by replays of CUDA graphs, or by writes to `parameter.data`, and a
@@ -24,19 +25,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config
+from .config import COUNTERS, Config
 from .launch import launch
-from .layout import Layout
+from .layout import Layout, packed_sizes
 
 
 class Packed(NamedTuple):
     """As the head of this file has them; backward and low are empty if not asked for."""
 
     forward: Tensor
-    backward: Tensor
-    low: Tensor
     vectors: Tensor
+    low: Tensor
     counters: Tensor
+    backward: Tensor
+
+    @staticmethod
+    def of(
+        flat: Tensor, layout: Layout, jobs: int, count: int, vectors: int, low: bool,
+        backward: bool = False,
+    ) -> Packed:  # fmt: skip
+        """Views of the one tensor that holds all; arguments as those of `packed_sizes`."""
+        width = layout.width
+        parts = flat.split(packed_sizes(layout, jobs, count, vectors, low, backward))
+        shape = jobs, count, width, width
+        none = 0, count, width, width
+        return Packed(
+            parts[0].view(shape), parts[1].view(count, vectors, width),
+            parts[2].view(torch.bfloat16).view(shape if low else none), parts[3].view(torch.int32),
+            parts[4].view(shape if backward else none),
+        )  # fmt: skip
+
+
+class Parameters(NamedTuple):
+    """Two or three weights (K, d, d) and up to eight vectors (K, d) of a block."""
+
+    weights: Sequence[Tensor]
+    vectors: Sequence[Tensor]
 
 
 @triton.jit
@@ -60,25 +84,22 @@ def _weight(
         tl.store(low + (straight if BACKWARD else turned), value.to(tl.bfloat16))
 
 
-@triton.jit(do_not_specialize=["counts"])
-def pack_kernel(
-    w0, w1, w2, s0, s1, s2, v0, v1, v2, v3, v4, v5, v6, v7, forward, backward, low, vectors,
-    counters, counts,
+@triton.jit
+def _block(
+    w0, w1, w2, s0, s1, s2, v0, v1, v2, v3, v4, v5, v6, v7, forward, vectors, low, counters,
+    backward, pid, k, j, count, programs,
     J: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-    BT: tl.constexpr, BACKWARD: tl.constexpr, LOW: tl.constexpr,
+    BT: tl.constexpr, LOW: tl.constexpr, COUNTERS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles or vectors, K, J + 1); s0 to s2: the weights' row strides."""
+    """Program (pid, k, j) of a block; j: a weight, or J for vectors and counters."""
     W: tl.constexpr = G * P
     DG: tl.constexpr = DIM // G
-    pid = tl.program_id(0)
-    k = tl.program_id(1)
-    j = tl.program_id(2)
-    place = j * tl.num_programs(1) + k
+    place = j * count + k
     if j == J:
         if k == 0:
-            for start in range(pid * 256, counts, tl.num_programs(0) * 256):
+            for start in range(pid * 256, COUNTERS, programs * 256):
                 at = start + tl.arange(0, 256)
-                tl.store(counters + at, at * 0, mask=at < counts)
+                tl.store(counters + at, at * 0, mask=at < COUNTERS)
         column = tl.arange(0, P)
         sources = (v0, v1, v2, v3, v4, v5, v6, v7)
         for group in range(0, G):
@@ -108,39 +129,83 @@ def pack_kernel(
             )  # fmt: skip
 
 
-def packed(
-    weights: Sequence[Tensor], vectors: Sequence[Tensor], layout: Layout, backward: bool,
-    low: bool, counts: int = 0,
-) -> Packed:  # fmt: skip
-    """Packs two or three weights (K, d, d) and up to eight vectors (K, d), and clears counters.
+@triton.jit
+def pack_kernel(
+    w0, w1, w2, s0, s1, s2, v0, v1, v2, v3, v4, v5, v6, v7,
+    forward, vectors, low, counters, backward,
+    other_w0, other_w1, other_w2, other_s0, other_s1, other_s2,
+    other_v0, other_v1, other_v2, other_v3, other_v4, other_v5, other_v6, other_v7,
+    other_forward, other_vectors, other_low, other_counters, other_backward,
+    J: tl.constexpr, V: tl.constexpr, OTHER_J: tl.constexpr, OTHER_V: tl.constexpr,
+    DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, LOW: tl.constexpr,
+    COUNTERS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles or vectors, K, J + 1, and where there is another block, of K = 1, its J + 1).
 
-    The weights' columns must be next to each other; vectors are made contiguous.
+    s0 to s2: the weights' row strides.
     """
-    count, width, like = weights[0].shape[0], layout.width, weights[0]
-    shape = len(weights), count, width, width
-    forward = like.new_empty(shape, dtype=torch.float32)
-    back = like.new_empty(shape if backward else 0, dtype=torch.float32)
-    cheap = like.new_empty(shape if low else 0, dtype=torch.bfloat16)
-    stack = like.new_empty(count, len(vectors), width, dtype=torch.float32)
-    counters = like.new_empty(counts, dtype=torch.int32)
-    # Half of the columns of a gate's weight is read as it lies; anything stranger is copied.
-    weights = [
-        w if w.stride(2) == 1 and w.stride(0) == w.shape[1] * w.stride(1) else w.contiguous()
-        for w in weights
-    ]
-    vectors = [v.contiguous() for v in vectors]
-    more = [*weights, *([weights[0]] * (3 - len(weights)))]
-    tile = 32 if width % 32 == 0 else 16
-    launch(
-        pack_kernel, (max((width // tile) ** 2, len(vectors)), count, len(weights) + 1),
-        (
+    pid = tl.program_id(0)
+    k = tl.program_id(1)
+    j = tl.program_id(2)
+    programs = tl.num_programs(0)
+    if j <= J:
+        _block(
+            w0, w1, w2, s0, s1, s2, v0, v1, v2, v3, v4, v5, v6, v7, forward, vectors, low,
+            counters, backward, pid, k, j, tl.num_programs(1), programs, J, V, DIM, G, P, BT, LOW,
+            COUNTERS, BACKWARD,
+        )  # fmt: skip
+    elif k == 0:
+        # Without another block there are no such programs.
+        _block(
+            other_w0, other_w1, other_w2, other_s0, other_s1, other_s2, other_v0, other_v1,
+            other_v2, other_v3, other_v4, other_v5, other_v6, other_v7, other_forward,
+            other_vectors, other_low, other_counters, other_backward, pid, k, j - (J + 1), 1,
+            programs, OTHER_J, OTHER_V, DIM, G, P, BT, LOW, COUNTERS, BACKWARD,
+        )  # fmt: skip
+
+
+def packed(
+    block: Parameters, layout: Layout, *, other: Parameters | None = None, low: bool = False,
+    backward: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Packs the parameters of a block, and of another with K = 1, and clears their counters.
+
+    The weights' columns must be next to each other; vectors are made contiguous. Returns one tensor
+    for each block, which `Packed.of` cuts.
+    """
+    width, like = layout.width, block.weights[0]
+    count = like.shape[0]
+    flats, arguments = [], []
+    for parameters in (block, other or block):
+        jobs, vectors = len(parameters.weights), [v.contiguous() for v in parameters.vectors]
+        # Half of the columns of a gate's weight is read as it lies; anything stranger is copied.
+        weights = [
+            w if w.stride(2) == 1 and w.stride(0) == w.shape[1] * w.stride(1) else w.contiguous()
+            for w in parameters.weights
+        ]
+        shape = layout, jobs, weights[0].shape[0], len(vectors), low, backward
+        if parameters is not block or not flats:
+            flats.append(like.new_empty(sum(packed_sizes(*shape)), dtype=torch.float32))
+        more = [*weights, *([weights[0]] * (3 - jobs))]
+        arguments += [
             *more, *(w.stride(1) for w in more), *vectors,
-            *([vectors[0]] * (8 - len(vectors))), forward, back, cheap, stack, counters, counts,
+            *([vectors[0]] * (8 - len(vectors))), *Packed.of(flats[-1], *shape),
+        ]  # fmt: skip
+    tile = 32 if width % 32 == 0 else 16
+    jobs, more_jobs = len(block.weights), len(other.weights) if other else 0
+    most = max(len(block.vectors), len(other.vectors) if other else 0)
+    launch(
+        pack_kernel,
+        (
+            max((width // tile) ** 2, most), count,
+            jobs + 1 + (more_jobs + 1 if other else 0),
         ),
+        tuple(arguments),
         {
-            "J": len(weights), "V": len(vectors), "DIM": layout.dim, "G": layout.groups,
-            "P": layout.padded, "BT": tile, "BACKWARD": backward, "LOW": low,
+            "J": jobs, "V": len(block.vectors), "OTHER_J": more_jobs,
+            "OTHER_V": len(other.vectors) if other else 0, "DIM": layout.dim, "G": layout.groups,
+            "P": layout.padded, "BT": tile, "LOW": low, "COUNTERS": COUNTERS, "BACKWARD": backward,
         },
-        Config(warps=4), f"{count} x {len(weights)} weights of {layout.dim}",
+        Config(warps=4), f"{count} x {jobs} weights of {layout.dim}",
     )  # fmt: skip
-    return Packed(forward, back, cheap, stack, counters)
+    return flats

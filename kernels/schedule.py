@@ -49,6 +49,15 @@ def meet(counter, meeting, G: tl.constexpr, COOPERATIVE: tl.constexpr):
 
 
 @triton.jit
+def leave(counter, meetings, G: tl.constexpr, COOPERATIVE: tl.constexpr):
+    """Clears the counter after so many meetings, as all programs have waited for the last one."""
+    if COOPERATIVE:
+        seen = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1
+        if seen == (meetings + 1) * G:
+            tl.store(counter, 0)
+
+
+@triton.jit
 def share(partials, slot: tl.constexpr, value, group, BM: tl.constexpr):
     """Stores one group's part [BM] of sum number `slot`; partials: of one meeting, (G, 10, BM)."""
     tl.store(partials + (group * SUMS + slot) * BM + tl.arange(0, BM), value)

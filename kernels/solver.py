@@ -305,6 +305,13 @@ def store_rows(
 
 
 @triton.jit
+def forget_ended(ended_blocks):
+    """Clears the count of `store_rows`, after the last step."""
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        tl.store(ended_blocks, 0)
+
+
+@triton.jit
 def load_rows(saved, BM: tl.constexpr):
     """What `store_rows` stored, in its order."""
     at = saved + tl.arange(0, BM)

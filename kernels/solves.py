@@ -19,12 +19,12 @@ from .fusion_adjoint import PHASES as FUSION_ADJOINT_PHASES
 from .fusion_adjoint import fusion_adjoint_kernel
 from .gradients import parameter_gradients_kernel
 from .launch import Plan, capability, launch, solved
-from .layout import Layout
+from .layout import Layout, packed_sizes
 from .modality import PHASES as MODALITY_PHASES
 from .modality import modality_solve_kernel
 from .modality_adjoint import PHASES as MODALITY_ADJOINT_PHASES
 from .modality_adjoint import modality_adjoint_kernel
-from .packing import packed
+from .packing import Packed, Parameters, packed
 
 
 class Solved(NamedTuple):
@@ -63,6 +63,60 @@ def _bytes(mask: Tensor | None, other: Tensor) -> Tensor:
     return other if mask is None else mask.contiguous().view(torch.int8)
 
 
+def _modality_block(parameters: Sequence[Tensor]) -> Parameters:
+    return Parameters((parameters[0], parameters[4]), (*parameters[1:4], *parameters[5:]))
+
+
+def _fusion_block(parameters: Sequence[Tensor], gate_input: str) -> Parameters:
+    """Weights (1, d, d): the gate's of z_f, fusion, and where it is another the gate's of z_i; and
+    vectors (1, d)."""
+    gate_weight, gate_bias, weight, bias, norm_weight, norm_bias = parameters
+    dim = weight.shape[0]
+    weights = [gate_weight[:, :dim], weight]
+    if gate_input == "concat":
+        weights.append(gate_weight[:, dim:])
+    vectors = [gate_bias, bias, norm_weight, norm_bias]
+    return Parameters([w.unsqueeze(0) for w in weights], [v.unsqueeze(0) for v in vectors])
+
+
+def pack(
+    modality: Sequence[Tensor], fusion: Sequence[Tensor], groups: int, gate_input: str, low: bool
+) -> list[Tensor]:
+    """Both blocks' parameters for `solve_modality` and `solve_fusion`, in one launch.
+
+    Args:
+        modality, fusion, groups, gate_input: as those take them.
+        low: `SolveOptions.packs_low` of the solves.
+
+    Returns:
+        One fp32 tensor for each block.
+    """
+    layout = Layout(modality[0].shape[-1], groups)
+    return packed(
+        _modality_block(modality), layout, other=_fusion_block(fusion, gate_input), low=low
+    )
+
+
+def _views(
+    block: Parameters, flat: Tensor | None, layout: Layout, options: SolveOptions,
+    backward: bool = False,
+) -> Packed:  # fmt: skip
+    """A block's packed parameters, of `pack` or packed here."""
+    shape = (
+        layout, len(block.weights), block.weights[0].shape[0], len(block.vectors),
+        options.packs_low, backward,
+    )  # fmt: skip
+    if flat is None or flat.numel() == 0:
+        (flat,) = packed(block, layout, low=options.packs_low, backward=backward)
+    expected = sum(packed_sizes(*shape))
+    if flat.numel() != expected:
+        raise ValueError(
+            f"packed: got {flat.numel()} elements, expected {expected}: of `pack` with the same "
+            "parameters, cell and solver"
+        )
+    return Packed.of(flat, *shape)
+
+
 def solve_modality(
     x: Tensor,
     parameters: Sequence[Tensor],
@@ -74,6 +128,7 @@ def solve_modality(
     present: Tensor | None = None,
     tolerance: Tensor | None = None,
     record: bool = False,
+    weights: Tensor | None = None,
     config: Config | None = None,
 ) -> Solved:
     """The K modality equilibria of every row.
@@ -88,6 +143,7 @@ def solve_modality(
         present: bool (K, R) or None; absent modalities keep state 0, CONVERGED, 0 steps.
         tolerance: () float tensor in place of `options.rtol`.
         record: whether to return the trace.
+        weights: of `pack`; None packs the parameters.
         config: schedule and tiles; None: `kernels.cost.default_config`.
 
     Raises:
@@ -101,18 +157,15 @@ def solve_modality(
         out, outcome, trace = torch.empty_like(x), _outcome(plan), _trace(plan, record)
         if rows == 0 or count == 0:
             return Solved(out, *outcome, trace)
-        weights = packed(
-            (parameters[0], parameters[4]), (*parameters[1:4], *parameters[5:]), layout, False,
-            options.climbs, plan.counts,
-        )  # fmt: skip
-        low = weights.low if options.climbs else weights.forward
-        f, g, *rest = plan.history(weights.counters)
+        given = _views(_modality_block(parameters), weights, layout, options)
+        low = given.low if options.climbs else given.forward
+        f, g, *rest = plan.history(given.counters)
         plan.run(
             modality_solve_kernel,
             (
                 x, x if init is None else init.contiguous(), _bytes(present, x), out, *outcome,
-                trace, outcome.residual if tolerance is None else tolerance, *weights.forward,
-                *low, weights.vectors, *(plan.rows_of(count) for _ in range(5)), f, g, *rest,
+                trace, outcome.residual if tolerance is None else tolerance, *given.forward,
+                *low, given.vectors, *(plan.rows_of(count) for _ in range(5)), f, g, *rest,
             ),
             {
                 "SKIP": skip, "INIT": init is not None, "PRESENT": present is not None,
@@ -160,10 +213,7 @@ def adjoint_modality(
                 [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters],
                 outcome,
             )
-        weights = packed(
-            (parameters[0], parameters[4]), (*parameters[1:4], *parameters[5:]), layout, True,
-            options.climbs, plan.counts,
-        )  # fmt: skip
+        weights = _views(_modality_block(parameters), None, layout, options, True)
         low = weights.low if options.climbs else weights.backward
         left, right = plan.rows_of(2, count), plan.rows_of(2, count)
         sums = plan.empty(plan.programs, 8, count, layout.width)
@@ -218,6 +268,7 @@ def solve_fusion(
     fusion_mask: Tensor | None = None,
     tolerance: Tensor | None = None,
     record: bool = False,
+    weights: Tensor | None = None,
     config: Config | None = None,
 ) -> Solved:
     """The fusion equilibrium of every row, K = 1.
@@ -230,7 +281,7 @@ def solve_fusion(
         modality_status: int32 (N, R) or None; a row with a NON_FINITE one has no answer.
         init: (R, d) or None (zeros), where to start.
         gate_mask: (N, R, 1 or d) or None, M_i; fusion_mask: (R, d) or None, F.
-        options, tolerance, record, config: as in `solve_modality`.
+        options, tolerance, record, weights, config: as in `solve_modality`.
     """
     count, rows, dim = modalities.shape
     layout = Layout(dim, groups)
@@ -241,11 +292,9 @@ def solve_fusion(
         outcome, trace = _outcome(plan), _trace(plan, record)
         if rows == 0:
             return Solved(out.unsqueeze(0), *outcome, trace)
-        weights = packed(
-            *_fusion_parameters(parameters, gate_input), layout, False, options.climbs, plan.counts
-        )
-        wg, wf, *wm = weights.forward.squeeze(1)
-        low = (weights.low if options.climbs else weights.forward).squeeze(1)
+        given = _views(_fusion_block(parameters, gate_input), weights, layout, options)
+        wg, wf, *wm = given.forward.squeeze(1)
+        low = (given.low if options.climbs else given.forward).squeeze(1)
         plan.run(
             fusion_solve_kernel,
             (
@@ -253,8 +302,8 @@ def solve_fusion(
                 _or(init, injection), _or(gate_mask, injection), _or(fusion_mask, injection), out,
                 *outcome, trace,
                 outcome.residual if tolerance is None else tolerance, wg, wf, low[0], low[1],
-                wm[0] if wm else wg, weights.vectors, plan.rows_of(count), plan.rows_of(count),
-                *(plan.rows_of() for _ in range(5)), *plan.history(weights.counters),
+                wm[0] if wm else wg, given.vectors, plan.rows_of(count), plan.rows_of(count),
+                *(plan.rows_of() for _ in range(5)), *plan.history(given.counters),
             ),
             {
                 **_fusion_flags(gate, tail, gate_mask, fusion_mask, count),
@@ -310,9 +359,7 @@ def adjoint_fusion(
                 torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters
             ]
             return dm, dx, nothing, outcome
-        weights = packed(
-            *_fusion_parameters(parameters, gate_input), layout, True, options.climbs, plan.counts
-        )
+        weights = _views(_fusion_block(parameters, gate_input), None, layout, options, True)
         forward, backward = weights.forward.squeeze(1), weights.backward.squeeze(1)
         low = (weights.low if options.climbs else weights.backward).squeeze(1)
         gate_of_modalities = 0 if shared else 2
@@ -345,20 +392,6 @@ def adjoint_fusion(
         return dm, dx, found, outcome
 
     return solved(plan, run)
-
-
-def _fusion_parameters(
-    parameters: Sequence[Tensor], gate_input: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights (1, d, d): the gate's of z_f, fusion, and where it is another the gate's of z_i; and
-    vectors (1, d)."""
-    gate_weight, gate_bias, weight, bias, norm_weight, norm_bias = parameters
-    dim = weight.shape[0]
-    weights = [gate_weight[:, :dim], weight]
-    if gate_input == "concat":
-        weights.append(gate_weight[:, dim:])
-    vectors = [gate_bias, bias, norm_weight, norm_bias]
-    return [w.unsqueeze(0) for w in weights], [v.unsqueeze(0) for v in vectors]
 
 
 def _of_gradients(plan: Plan) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import (
+    COUNTERS,
     GRADIENT_TILES,
     GRADIENTS,
     INJECTION,
@@ -68,13 +69,30 @@ _TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|v_mfma\w*)")
 
 
 _TYPES = {
-    **dict.fromkeys(("status", "steps", "solved", "modality_status", "counters", "saved"), "*i32"),
+    **dict.fromkeys(
+        ("status", "steps", "solved", "modality_status", "counters", "other_counters", "saved"),
+        "*i32",
+    ),
     "present": "*i8",
     **dict.fromkeys(
-        ("low", "low1", "low2", "lowg", "lowf", "lowb1", "lowb2", "lowbg", "lowbf"), "*bf16"
+        ("low", "other_low", "low1", "low2", "lowg", "lowf", "lowb1", "lowb2", "lowbg", "lowbf"),
+        "*bf16",
     ),
     **dict.fromkeys(
-        ("rows", "padded_rows", "max_steps", "blocks", "columns", "counts", "s0", "s1", "s2"), "i32"
+        (
+            "rows",
+            "padded_rows",
+            "max_steps",
+            "blocks",
+            "columns",
+            "s0",
+            "s1",
+            "s2",
+            "other_s0",
+            "other_s1",
+            "other_s2",
+        ),
+        "i32",
     ),
     **dict.fromkeys(("rtol", "atol", "ridge", "mixing"), "fp32"),
 }
@@ -217,8 +235,8 @@ def programs(target: str, dims: Sequence[int] = DIMS) -> list[Program]:
                     given = {**solve, **tiles, **constants, "PHASE": phase}
                     found.append(Program(name, kernel, given, config))
         packs = {
-            "J": 2, "V": 8, "DIM": dim, "G": layout.groups, "P": layout.padded, "BT": 32,
-            "BACKWARD": True, "LOW": True,
+            "J": 2, "V": 8, "OTHER_J": 2, "OTHER_V": 4, "DIM": dim, "G": layout.groups,
+            "P": layout.padded, "BT": 32, "LOW": True, "COUNTERS": COUNTERS, "BACKWARD": True,
         }  # fmt: skip
         found.append(Program(f"pack d={dim}", "pack", packs, Config(warps=4)))
         rows = {"N": 3, "DIM": dim, "PRESENT": True, **INJECTION_TILES}

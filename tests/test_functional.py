@@ -93,6 +93,40 @@ def test_stack_and_inject(whole):
     )
 
 
+def test_what_gets_no_gradient_passes_none_on(fusion):
+    features = torch.randn(COUNT, BATCH, DIM, requires_grad=True)
+    fusion.equilibrium(features).modalities.sum().backward()
+    assert features.grad is not None
+    assert fusion.injection_weight.grad is None
+    mask = torch.zeros(BATCH, COUNT, dtype=torch.bool)
+    mask[1, 0] = True
+    features.grad = None
+    fusion.equilibrium(features, mask=mask).modalities.sum().backward()
+    assert not features.grad[0, 1].any()
+
+
+def test_rows_without_a_modality_are_no_part_of_the_gradients():
+    x, weight, bias = torch.randn(2, 3, 4), torch.ones(2), torch.zeros(1, requires_grad=True)
+    present = torch.tensor([[True, False, True], [True, False, False]])
+    _, injected = functional.stack_and_inject(x, weight, bias, present)
+    injected.sum().backward()
+    assert bias.grad == 8
+
+
+def test_nothing_is_packed_for_the_reference(fusion):
+    parts = functional.pack(
+        fusion.modality_parameters, fusion.fusion_parameters, fusion.options, fusion.solver
+    )
+    assert [part.numel() for part in parts] == [0, 0]
+
+
+def test_features_of_two_dtypes_are_promoted(fusion):
+    one, two = torch.randn(BATCH, DIM), torch.randn(BATCH, DIM).bfloat16()
+    assert torch.equal(fusion([one, two]), fusion([one, two.float()]))
+    with pytest.raises(TypeError, match=r"features: got dtype torch.float64, expected .*float32"):
+        fusion([one, two.double()])
+
+
 def test_stack_and_inject_checks_its_arguments():
     good = [torch.randn(4, 3), torch.randn(4, 3)]
     weight, bias = torch.ones(2), torch.zeros(1)

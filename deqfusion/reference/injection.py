@@ -46,9 +46,11 @@ def inject_adjoint(
             nothing, even where x is NaN.
         x, present, weight, bias: of `inject`.
     """
+    if present is not None:
+        injected_gradient = torch.where(present.any(0).unsqueeze(-1), injected_gradient, 0.0)
     features = gradient + weight.to(x.dtype)[:, None, None] * injected_gradient
     if present is not None:
         features = torch.where(present.unsqueeze(-1), features, 0.0)
     terms = torch.where(injected_gradient == 0, 0.0, injected_gradient * x)
     total = injected_gradient.sum().reshape(1)
-    return features, terms.sum((1, 2)).to(weight.dtype), total.to(bias.dtype)
+    return features.contiguous(), terms.sum((1, 2)).to(weight.dtype), total.to(bias.dtype)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deqfusion import Anderson, DEQFusion, Implicit, Status
+from deqfusion import Anderson, DEQFusion, Implicit, Status, functional
 from deqfusion.kernels.config import SCHEDULES
 from deqfusion.kernels.launch import using
 
@@ -65,6 +65,26 @@ def test_widths(schedule, dim, monkeypatch):
 def test_too_many_programs_for_the_device_run_in_schedule_row(monkeypatch):
     with using("cooperative"):
         compare(layer(64), 20000, monkeypatch)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_packed_parameters_serve_more_than_one_solve(schedule):
+    """The last program that leaves a meeting's counter clears it."""
+    model = layer(solver=Anderson(tol=1e-3))
+    x = torch.randn(2, 50, 128, device="cuda")
+    packed, _ = functional.pack(
+        model.modality_parameters, model.fusion_parameters, model.options, model.solver
+    )
+    with torch.no_grad(), using(schedule):
+        first, second, third = (
+            functional.modality_equilibrium(
+                x, model.modality_parameters, cell=model.options, solver=model.solver,
+                packed=packed,
+            ).state
+            for _ in range(3)
+        )  # fmt: skip
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])

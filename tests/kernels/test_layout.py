@@ -41,21 +41,31 @@ def test_groups_that_do_not_divide():
 @pytest.mark.parametrize("backward", [False, True])
 def test_packing_in_one_launch(dim, groups, backward):
     """The kernel's tensors are the layout's, also of a weight that is half of a wider one."""
-    from deqfusion.kernels.packing import packed
+    from deqfusion.kernels.packing import Packed, Parameters, packed
 
     layout = Layout(dim, groups)
     wide = torch.randn(1, dim, 2 * dim)
-    weights = [wide[..., :dim], torch.randn(1, dim, dim), wide[..., dim:]]
-    vectors = [torch.randn(1, dim) for _ in range(4)]
-    got = packed(weights, vectors, layout, backward, True, 3000)
-    assert got.counters.shape == (3000,)
-    assert not got.counters.any()
-    forward = layout.pack_weight(torch.stack(weights))
-    assert torch.equal(got.forward, forward)
-    iterated = forward.transpose(-1, -2) if backward else forward
-    assert got.backward.numel() == (forward.numel() if backward else 0)
-    if backward:
-        assert torch.equal(got.backward, iterated)
-    # To the nearest on a device; the interpreter cuts off, which is one unit more.
-    torch.testing.assert_close(got.low.float(), iterated, rtol=2**-7, atol=0.0)
-    assert torch.equal(got.vectors, layout.pack(torch.stack(vectors, 1)))
+    one = Parameters(
+        [wide[..., :dim], torch.randn(1, dim, dim), wide[..., dim:]],
+        [torch.randn(1, dim) for _ in range(4)],
+    )
+    two = Parameters(
+        [torch.randn(3, dim, dim) for _ in range(2)], [torch.randn(3, dim) for _ in range(8)]
+    )
+    flats = packed(two, layout, other=one, low=True, backward=backward)
+    for block, flat in zip((two, one), flats, strict=True):
+        shape = len(block.weights), block.weights[0].shape[0], len(block.vectors)
+        got = Packed.of(flat, layout, *shape, True, backward)
+        forward = layout.pack_weight(torch.stack(list(block.weights)))
+        assert torch.equal(got.forward, forward)
+        iterated = forward.transpose(-1, -2) if backward else forward
+        assert got.backward.numel() == (forward.numel() if backward else 0)
+        if backward:
+            assert torch.equal(got.backward, iterated)
+        # To the nearest on a device; the interpreter cuts off, which is one unit more.
+        torch.testing.assert_close(got.low.float(), iterated, rtol=2**-7, atol=0.0)
+        assert torch.equal(got.vectors, layout.pack(torch.stack(list(block.vectors), 1)))
+        assert got.counters.shape == (1024,)
+        assert not got.counters.any()
+    (alone,) = packed(one, layout, low=True, backward=backward)
+    assert torch.equal(alone, flats[1])

@@ -114,7 +114,7 @@ def test_opcheck():
     model = layer(dropout=0.2).train()
     with Record():
         model([torch.randn(2, 8)]).sum().backward()
-    assert len({call[0] for call in calls}) == 6
+    assert len({call[0] for call in calls}) == 7
     for func, args, kwargs in calls:
         results = torch.library.opcheck(func, args, kwargs)
         assert set(results.values()) == {"SUCCESS"}, (func, results)
@@ -142,10 +142,7 @@ def test_fullgraph_compile_and_export():
 
 @pytest.mark.usefixtures("triton_backend")
 def test_launches(monkeypatch):
-    """A solve is two launches, an adjoint three, the first of each packing the parameters.
-
-    Beside them one that stacks and injects, and two of its gradients; the rest are views.
-    """
+    """Four launches forward, eight backward; what else PyTorch runs are views."""
     launched = []
     real = launch.launch
 
@@ -166,8 +163,7 @@ def test_launches(monkeypatch):
     with Operations():
         out = model(features)
         assert launched == [
-            "inject_kernel", "pack_kernel", "modality_solve_kernel", "pack_kernel",
-            "fusion_solve_kernel",
+            "inject_kernel", "pack_kernel", "modality_solve_kernel", "fusion_solve_kernel",
         ]  # fmt: skip
         launched.clear()
         out.backward(gradient)
@@ -195,11 +191,12 @@ def test_changed_parameters_are_seen():
 @pytest.mark.usefixtures("triton_backend")
 def test_what_the_programs_do_not_have():
     features = [torch.randn(2, 8)]
+    schedules = r"schedules row, cooperative, step\) have"
     with pytest.raises(
-        ValueError, match=r"solver: got Broyden, the Triton programs have Anderson and Picard"
+        ValueError, match=rf"solver: got Broyden, .*{schedules} Anderson and Picard"
     ):
         layer(solver=Broyden())(features)
-    with pytest.raises(ValueError, match=r"dtype: got torch.float64, .* have float32"):
+    with pytest.raises(ValueError, match=rf"dtype: got torch.float64, .*{schedules} float32"):
         layer().double()([features[0].double()])
     with pytest.raises(ValueError, match="memory: got 9, expected 0 to 8"):
         layer(solver=Anderson(memory=9))(features)

@@ -124,6 +124,33 @@ def test_schedule_step_of_a_truncated_adjoint():
     assert all(map(torch.equal, one[1], two[1]))
 
 
+@pytest.mark.parametrize("schedule", ["row", "cooperative", "step"])
+def test_packed_parameters_serve_more_than_one_solve(schedule):
+    """The counters in them are 0 before and after."""
+    problem, options = Problem.new(12, num_groups=1), SolveOptions(ladder=True)
+    config = Config(schedule, depth=16)
+    flats = solves.pack(problem.modality, problem.fusion, 1, "sum", options.packs_low)
+    before = [flat.clone() for flat in flats]
+    modality = problem.features, problem.modality, 1, False, options
+    fusion = (
+        problem.features, problem.injection, problem.fusion, 1, "sigmoid", "sum", "relu_norm",
+        options,
+    )  # fmt: skip
+    for solve, arguments, flat in (
+        (solves.solve_modality, modality, flats[0]), (solves.solve_fusion, fusion, flats[1]),
+    ):  # fmt: skip
+        alone = solve(*arguments, config=config)
+        for _ in range(2):
+            again = solve(*arguments, weights=flat, config=config)
+            assert torch.equal(again.state, alone.state)
+            assert torch.equal(again.steps, alone.steps)
+    # The bits: a bfloat16 pair need not be a number.
+    for flat, old in zip(flats, before, strict=True):
+        assert torch.equal(flat.view(torch.int32), old.view(torch.int32))
+    with pytest.raises(ValueError, match=r"packed: got \d+ elements, expected \d+"):
+        solves.solve_modality(*modality, weights=flats[1], config=config)
+
+
 def test_schedule_step_launches_no_more_than_it_needs(monkeypatch):
     """Steps end with the last row, long before max_steps."""
     phases = []
