@@ -1,6 +1,7 @@
 """Every schedule of the Triton programs on a device, against PyTorch on the same device.
 
     python -m deqfusion.bench.device --out FILE.json [--shape B,d,N ...] [--device cuda]
+    python -m deqfusion.bench.device --warm K/OF        # only compiles, the K-th of OF parts
 
 Per shape: the programs in every schedule, with products as `torch.set_float32_matmul_precision`
 has them at "highest", "high" and "medium"; the same algorithm in eager PyTorch (the reference); the
@@ -19,7 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,32 @@ def measure(problem: Problem, rounds: int, schedules: Sequence[str]) -> dict[str
     return result
 
 
+def warm(shapes: Sequence[Shape], schedules: Sequence[str], device: torch.device, part: int,
+         parts: int) -> int:  # fmt: skip
+    """Runs every parts-th entry once, so that its programs are in the compilers' caches.
+
+    Several processes do so side by side before one of them measures. Programs are the same for any
+    number of rows, and run on a few; what fails here fails there as well, and is reported there.
+
+    Returns:
+        How many entries ran.
+    """
+    ran, index = 0, 0
+    for shape in shapes:
+        few = Problem(Shape(16, shape.dim, shape.num_modalities)).to(device)
+        whole = Problem(shape).to(device)
+        for name in entries(few, schedules):
+            index += 1
+            if index % parts != part:
+                continue
+            ours = name.split()[0] in SCHEDULES
+            for mode in ("forward", "forward_backward"):
+                with suppress(Exception):
+                    entries(few if ours else whole, schedules)[name]().run(mode)
+            ran += 1
+    return ran
+
+
 def peaks(device: torch.device) -> dict[str, float]:
     """Copy bandwidth in bytes/s and matrix rates in FLOP/s, best of ten."""
     size = 1 << (28 if device.type == "cuda" else 20)
@@ -210,18 +237,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m deqfusion.bench.device", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--out", type=Path, metavar="FILE.json")
+    goal.add_argument("--warm", metavar="K/OF", help="only fill the compilers' caches")
     parser.add_argument("--shape", action="append", type=Shape.parse, metavar="B,d,N")
     parser.add_argument("--schedule", action="append", choices=SCHEDULES)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    shapes, schedules = options.shape or SHAPES, options.schedule or SCHEDULES
+    if options.warm:
+        part, parts = map(int, options.warm.split("/"))
+        warm(shapes, schedules, device, part, parts)
+        return 0
     record: dict[str, Any] = {"environment": environment.record(), "target": TARGET, "cases": []}
     record["peaks"] = peaks(device)
-    for shape in options.shape or SHAPES:
+    for shape in shapes:
         problem = Problem(shape).to(device)
-        case = measure(problem, options.rounds, options.schedule or SCHEDULES)
+        case = measure(problem, options.rounds, schedules)
         record["cases"].append(copy.deepcopy(case))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

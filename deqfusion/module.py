@@ -20,8 +20,9 @@ from deqfusion import validation as check
 from deqfusion.adjoint import Adjoint, Implicit, Unroll
 from deqfusion.functional import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.reference import cell as equations
-from deqfusion.solution import Equilibrium, SolveStats, Status
+from deqfusion.solution import Equilibrium, SolveStats
 from deqfusion.solvers import Anderson, Solver, ToleranceSchedule
+from deqfusion.unrolled import unrolled_equilibrium
 
 __all__ = ["DEQFusion"]
 
@@ -236,14 +237,21 @@ class DEQFusion(nn.Module):
         Those are status, steps, residual and, with `trace`, recorded norms (R, T, 2): of the
         modalities (N, R, ...) and of the fusion (R, ...), or in one of all blocks (N+1, R, ...).
         """
-        implicit = not isinstance(self.adjoint, Unroll)
-        inputs = self._start_rows if implicit else self._rows
-        rows = inputs(features, mask, injection)
+        # Autograd differentiates unrolled steps; a joint solve is the reference on every device.
+        plain = self.joint or injection is not None or isinstance(self.adjoint, Unroll)
+        rows = self._rows(features, mask, injection) if plain else self._start_rows(features, mask)
         start = self._start(init, rows.leading, rows.x.dtype)
         gate_mask, fusion_mask = self._masks(rows.x, rows.present)
-        solve = self._solve if implicit else self._unroll
-        z, fused, blocks = solve(rows, start, gate_mask, fusion_mask, trace)
-        blocks = [parts if trace else parts[:3] for parts in blocks]
+        if isinstance(self.adjoint, Unroll):
+            whole = unrolled_equilibrium(
+                rows.x, rows.injection, self.modality_parameters, self.fusion_parameters,
+                cell=self.options, solver=self.solver, steps=self.adjoint.steps, init=start,
+                present=rows.present, gate_mask=gate_mask, fusion_mask=fusion_mask,
+            )  # fmt: skip
+            z, fused, found = whole.state[:-1], whole.state[-1], [whole[1:]]
+        else:
+            z, fused, found = self._solve(rows, start, gate_mask, fusion_mask, trace)
+        blocks = [parts if trace else parts[:3] for parts in found]
         return rows.leading, z, fused.reshape(*rows.leading, self.dim), blocks
 
     def cell(
@@ -268,7 +276,7 @@ class DEQFusion(nn.Module):
                 rows.gate_mask,
             )  # fmt: skip
         if rows.present is not None:
-            out = _clear_absent(out, rows.present)
+            out = equations.clear_absent(out, rows.present)
         return out.reshape(state.shape)
 
     def jacobian_penalty(
@@ -351,13 +359,8 @@ class DEQFusion(nn.Module):
             x_f = torch.where(present.any(0).unsqueeze(-1), x_f, torch.nan)
         return _Rows(x, x_f, present, leading)
 
-    def _start_rows(
-        self, features: Features, mask: Tensor | None, injection: Tensor | None
-    ) -> _Rows:
-        """The same by one operator, for a solve that gives its own gradients."""
-        if injection is not None or self.joint:
-            # A joint solve is the reference on every device.
-            return self._rows(features, mask, injection)
+    def _start_rows(self, features: Features, mask: Tensor | None) -> _Rows:
+        """The same by one operator, for solves that give their own gradients."""
         parts = check.modality_features(features, self.num_modalities, self.dim)
         shape = parts[0].shape[:-1]
         whole = (features,) if isinstance(features, Tensor) else parts
@@ -445,7 +448,7 @@ class DEQFusion(nn.Module):
     def _solve(
         self, rows: _Rows, start: Tensor | None, gate_mask: Tensor | None,
         fusion_mask: Tensor | None, trace: bool,
-    ) -> tuple[Tensor, Tensor, Sequence[tuple[Tensor, ...]]]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:  # fmt: skip
         tolerance = self._tolerance()
         # No autocast context around operators that switch it off themselves: a program exported
         # with one around them cannot be saved.
@@ -473,44 +476,6 @@ class DEQFusion(nn.Module):
         )  # fmt: skip
         return z.state, fused.state, [z[1:], fused[1:]]
 
-    def _unroll(
-        self, rows: _Rows, start: Tensor | None, gate_mask: Tensor | None,
-        fusion_mask: Tensor | None, trace: bool,
-    ) -> tuple[Tensor, Tensor, Sequence[tuple[Tensor, ...]]]:  # fmt: skip
-        """K differentiable steps of the joint map; the statistics are those of the last step."""
-        assert isinstance(self.adjoint, Unroll)
-        # As in the solves, rows that are not finite get state 0 and pass no gradient on.
-        unknown = ~rows.x.isfinite().all(-1)
-        unknown_fused = unknown.any(0) | ~rows.injection.isfinite().all(-1)
-        x = torch.where(unknown.unsqueeze(-1), 0.0, rows.x)
-        injection = torch.where(unknown_fused.unsqueeze(-1), 0.0, rows.injection)
-        unknown = torch.cat((unknown, unknown_fused.unsqueeze(0)))
-        state = x.new_zeros(self.num_modalities + 1, *x.shape[1:]) if start is None else start
-        state = torch.where(unknown.unsqueeze(-1), 0.0, state)
-        norms = []
-        with torch.autocast(x.device.type, enabled=False):
-            for _ in range(self.adjoint.steps):
-                new = equations.joint_cell(
-                    state, x, injection, self.modality_parameters, self.fusion_parameters,
-                    self.options, gate_mask, fusion_mask,
-                )  # fmt: skip
-                if rows.present is not None:
-                    new = _clear_absent(new, rows.present)
-                change, size = (new - state).detach().norm(dim=-1), new.detach().norm(dim=-1)
-                norms.append(torch.stack((change, size), -1))
-                state = new
-        change, size = norms[-1].unbind(-1)
-        residual = torch.where(change == 0, 0.0, change / size).float()
-        residual = torch.where(unknown, torch.inf, residual)
-        state = torch.where(unknown.unsqueeze(-1), 0.0, state)
-        met = change <= self.solver.atol + self.solver.final_tol * size
-        status = torch.where(met, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        known = ~unknown & change.isfinite() & size.isfinite()
-        status = torch.where(known, status, int(Status.NON_FINITE)).int()
-        steps = torch.full_like(status, self.adjoint.steps)
-        recorded = torch.stack(norms, 2).float()
-        return state[:-1], state[-1], [(status, steps, residual, recorded)]
-
 
 class _Rows:
     """Checked inputs: x (N, R, d), injection (R, d), present bool (N, R) or None."""
@@ -524,8 +489,3 @@ class _Rows:
     def gate_mask(self) -> Tensor | None:
         """Presence as a factor on the gates (N, R, 1)."""
         return None if self.present is None else self.present.unsqueeze(-1).to(self.x.dtype)
-
-
-def _clear_absent(state: Tensor, present: Tensor) -> Tensor:
-    """The state (N+1, R, d) with 0 for absent modalities."""
-    return torch.cat((torch.where(present.unsqueeze(-1), state[:-1], 0.0), state[-1:]))

@@ -26,6 +26,7 @@ __all__ = [
     "CellOptions",
     "FusionParameters",
     "ModalityParameters",
+    "clear_absent",
     "fusion_cell",
     "gate_constants",
     "group_norm",
@@ -236,3 +237,8 @@ def joint_jvp(
     else:
         dfused = _norm_jvp(F.relu(y), dy * (y > 0), pf.norm_weight, o)
     return torch.cat((dnew, dfused.unsqueeze(0)))
+
+
+def clear_absent(state: Tensor, present: Tensor) -> Tensor:
+    """The state (N+1, R, d) with 0 for absent modalities."""
+    return torch.cat((torch.where(present.unsqueeze(-1), state[:-1], 0.0), state[-1:]))

@@ -40,3 +40,20 @@ def test_wrong_answers_get_no_time(monkeypatch):
     assert "gradients" in device.verified(entry, "forward_backward", wrong, allowed)
     monkeypatch.setattr(device, "FACTORS", (500.0,))
     assert "residual" in device.verified(entry, "forward", None, 0.0)
+
+
+def test_parts_that_warm_caches_cover_every_entry_once(monkeypatch):
+    monkeypatch.setattr(device, "PRECISIONS", ("highest",))
+    monkeypatch.setattr(device, "BASELINES", ("textbook", "textbook_reduce_overhead"))
+    shapes, schedules = [Shape(2, 16, 1)], ["row", "step"]
+    seen = []
+    monkeypatch.setattr(
+        device.Entry, "run", lambda entry, mode: seen.append((entry.schedule, mode))
+    )
+    ran = [device.warm(shapes, schedules, torch.device("cpu"), part, 3) for part in range(3)]
+    # Two schedules, the reference, and two baselines.
+    assert sum(ran) == 5
+    for schedule in schedules:
+        assert seen.count((schedule, "forward")) == seen.count((schedule, "forward_backward")) == 1
+    with pytest.raises(SystemExit):
+        device.main(["--device", "cpu"])
