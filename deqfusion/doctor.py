@@ -210,7 +210,7 @@ def missing(found_gpus: list[dict[str, Any]]) -> list[str]:
     """List what is not there, and what does not work without it."""
     absent = []
     if not found_gpus:
-        absent.append("GPU that torch can use: everything runs on the CPU")
+        absent.append("GPU that torch can use: CUDA tensors cannot be made here")
     usable, reason = kernels.status()
     if not usable:
         absent.append(f"GPU programs: {reason}")

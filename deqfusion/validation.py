@@ -75,7 +75,8 @@ def probability(name: str, value: Any) -> None:
 def count(name: str, value: Any, minimum: int) -> int:
     """An integer >= `minimum`, NumPy's included; returned as an int."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an integer")
+        shown = "a tensor" if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
+        raise TypeError(f"{name}: got {shown}, expected an integer")
     if value < minimum:
         raise ValueError(f"{name}: got {value}, expected an integer >= {minimum}")
     return int(value)

@@ -279,8 +279,8 @@ class _State:
             )
         if len(history) > self.options.epochs:
             raise CheckpointError(
-                f"{path}: the run has {len(history)} epochs, "
-                f"expected at most the {self.options.epochs} asked for"
+                f"{path}: epochs: got {self.options.epochs}, expected at least the {len(history)} "
+                "that the run has"
             )
         check_tensors(path, tensors, self._expected())
         _check_values(path, tensors, history)

@@ -222,7 +222,7 @@ def test_resume_with_more_epochs_is_remembered(folder, tmp_path, capsys, splits)
     # What is refused is not remembered.
     capsys.readouterr()
     code = _resume(folder, out, "--epochs", "4", "--quiet")
-    _refused(capsys, code, "the run has 5 epochs, expected at most the 4", more, out)
+    _refused(capsys, code, "epochs: got 4, expected at least the 5", more, out)
 
 
 def test_resume_of_a_run_killed_before_its_first_epoch(folder, finished, tmp_path, capsys):
