@@ -49,14 +49,16 @@ lint: $(VENV)/.installed-dev
 
 # Two processes, for two cores: interpreted programs take as long as everything else. Exit code 5:
 # no test was selected (PYTEST_ARGS="-k ...") in one of them.
+INTERPRETED := tests/kernels/test_solves.py tests/kernels/test_operators.py
+
 test: lint
 	@$(MAKE) --no-print-directory -j2 --output-sync=target test-library test-programs
 
 test-library:
-	$(BIN)/python -m pytest --ignore=tests/kernels $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(INTERPRETED)) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-programs:
-	$(BIN)/python -m pytest tests/kernels -p no:cacheprovider $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest $(INTERPRETED) -p no:cacheprovider $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/deqfusion bench $(BENCH_ARGS)
