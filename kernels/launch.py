@@ -119,6 +119,11 @@ class Plan:
         return -(-self.rows // self.config.rows)
 
     @property
+    def shape(self) -> str:
+        """In words, for errors."""
+        return f"{self.blocks} x {self.rows} rows of {self.layout.dim}"
+
+    @property
     def size(self) -> int:
         """R', rows of the scratch tensors."""
         return self.programs * self.config.rows
@@ -195,12 +200,10 @@ class Plan:
         counters = arguments[-2]
         arguments = (*arguments, *self.numbers())
         constants = {**constants, **self.constants()}
-        shape = f"{self.blocks} x {self.rows} rows of {self.layout.dim}"
 
         def once(phase: int, **extra: Any) -> None:
-            launch(
-                kernel, grid, arguments, {**constants, "PHASE": phase}, self.config, shape, extra
-            )
+            given = {**constants, "PHASE": phase}
+            launch(kernel, grid, arguments, given, self.config, self.shape, extra)
 
         if self.config.schedule == "step":
             start, step, end = phases
@@ -265,11 +268,18 @@ class NotResident(RuntimeError):
 
 
 def solved(plan: Plan, run: Callable[[Plan], T]) -> T:
-    """run(plan); a cooperative plan too large for its device runs in schedule row instead."""
+    """run(plan); a cooperative plan too large for its device runs in schedule row instead.
+
+    Raises:
+        torch.OutOfMemoryError: as it is, with a note on the shape and the config.
+    """
     try:
         return run(plan)
     except NotResident:
-        return run(replace(plan, config=replace(plan.config, schedule="row")))
+        return solved(replace(plan, config=replace(plan.config, schedule="row")), run)
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"in a solve of {plan.shape} with {plan.config}")
+        raise
 
 
 def resident(
@@ -305,8 +315,7 @@ def launch(
 
     Raises:
         RuntimeError: if it cannot be compiled for the device: names program, config and device.
-        torch.OutOfMemoryError, and errors of the launch itself, as they are, with a note on the
-            shape and the config.
+        Errors of the launch itself, as they are, with a note on the shape and the config.
     """
     options = {"num_warps": config.warps, "num_stages": config.stages, **(extra or {})}
     try:

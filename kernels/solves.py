@@ -427,5 +427,5 @@ def _parameter_gradients(
             "OUTPUTS": outputs, "V": len(vectors), "DIM": layout.dim, "G": layout.groups,
             "P": layout.padded, **tiles, "PRECISION": _of_gradients(plan),
         },
-        GRADIENTS, f"{plan.blocks} x {plan.rows} rows of {layout.dim}",
+        GRADIENTS, plan.shape,
     )  # fmt: skip

@@ -287,6 +287,18 @@ def test_configs_out_of_range(config, message):
         Config(**config)
 
 
+def test_out_of_memory_says_where(monkeypatch):
+    def nothing_left(*shape, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    problem = Problem.new()
+    monkeypatch.setattr(launch.Plan, "empty", nothing_left)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as raised:
+        solves.solve_modality(problem.features, problem.modality, 2, False, SolveOptions())
+    (note,) = raised.value.__notes__
+    assert note.startswith("in a solve of 2 x 3 rows of 16 with Config(schedule='row'")
+
+
 def test_a_width_that_no_tile_holds():
     x = torch.randn(1, 1, 1030)
     with pytest.raises(ValueError, match=r"dim 1030 in 1 groups: got 1030 channels per group"):
