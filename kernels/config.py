@@ -9,7 +9,7 @@ PRECISIONS = ("ieee", "tf32", "tf32x3", "low")
 """Of products: fp32 as it is, in tensor-core formats of 10 and of 3 times 10 bits, and bfloat16."""
 
 COUNTERS = 1024
-"""Of meetings, of a block: a cooperative launch has no more row blocks than multiprocessors."""
+"""Of meetings, packed with a block; a solve of more row blocks has its own."""
 
 SCHEDULES = ("row", "cooperative", "step")
 MAX_PADDED = 1024

@@ -2,11 +2,12 @@ r"""What a solve should cost on a device, from bytes, operations, launches and m
 
 A program of schedule *row* streams all weights of its block through its multiprocessor every step,
 one of the others the columns of its group. G programs of schedule *cooperative* meet three times a
-step (four in an adjoint's, whose phases are one more); in *step* the host launches each phase:
+step; in *step* the host launches each phase, of which an adjoint has one more:
 
     bytes       = products (W^2 b / g + BM W 4)  +  (4 M + 6) BM W 4 / g       per program and step
     operations  = products 2 BM W^2 / g
-    step        = waves max(bytes / L2, operations / rate) + phases (latency + barrier or host)
+    step        = waves max(bytes / L2, operations / rate) + phases latency
+                  + meetings barrier or phases host
     solve       = launch + steps step
 
 with g = 1 or G, b the bytes of a weight, L2 and rate those of one multiprocessor (rate times the
@@ -88,6 +89,7 @@ LATENCY = 0.5e-6
 
 PRODUCTS = {"modality": 2, "fusion": 2}
 PHASES = {"forward": 3, "adjoint": 4}
+MEETINGS = 3
 STEPS = {"modality": 11, "fusion": 14}
 """To a relative residual of 1e-3 at the initial parameters, from the design's measurements."""
 
@@ -154,10 +156,12 @@ def predict(
     parts = {"L2": waves * moved / device.l2, "matrix": waves * operations / rate}
     if weights * count > device.cache:
         parts["memory"] = waves * weights * count / device.memory
-    between = {"row": 0.0, "cooperative": device.barrier, "step": max(device.launch, HOST)}[
-        config.schedule
-    ]
-    waiting = PHASES["adjoint" if adjoint else "forward"] * (LATENCY + between)
+    phases = PHASES["adjoint" if adjoint else "forward"]
+    waiting = phases * LATENCY
+    if config.schedule == "cooperative":
+        waiting += MEETINGS * device.barrier
+    elif config.schedule == "step":
+        waiting += phases * max(device.launch, HOST)
     step = max(parts.values()) + waiting
     limiter = max(parts, key=lambda name: parts[name])
     if waiting > parts[limiter]:

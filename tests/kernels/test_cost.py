@@ -4,7 +4,7 @@ import pytest
 
 from deqfusion.cli import main
 from deqfusion.kernels.config import SCHEDULES, Config, shipped
-from deqfusion.kernels.cost import DEVICES, LATENCY, default_config, predict
+from deqfusion.kernels.cost import DEVICES, HOST, LATENCY, default_config, predict
 from deqfusion.kernels.layout import Layout
 
 H200 = DEVICES["h200"]
@@ -63,6 +63,14 @@ def test_the_default_where_nothing_was_tuned():
         assert chosen == shipped(schedule, padded=Layout(dim, 4).padded, **known)
     old = default_config(64, Layout(500, 4), 3, 108, adjoint=True, capability=80)
     assert old.schedule != "cooperative"
+
+
+def test_an_adjoint_has_one_phase_more_and_no_meeting_more():
+    for config, more in ((ROW, LATENCY), (TOGETHER, LATENCY), (Config("step"), LATENCY + HOST)):
+        forward, adjoint = (
+            predict("fusion", 16, 512, 2, H200, config, adjoint=back).step for back in (False, True)
+        )
+        assert adjoint - forward == pytest.approx(more)
 
 
 @pytest.mark.parametrize("target", DEVICES)
