@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from deqfusion.reference.solve import bfloat16_instructions
+
 PACKAGES = ("torch", "triton", "numpy", "torchdeq", "deqfusion")
 
 
@@ -26,18 +28,6 @@ def cpu_model() -> str:
         if key.strip() == "model name":
             return value.strip()
     return platform.processor() or platform.machine()
-
-
-def bf16_instructions() -> list[str]:
-    """Instruction sets for bf16 products that this processor has, of those that matter here."""
-    return [
-        name
-        for name, probe in (
-            ("avx512_bf16", "_is_avx512_bf16_supported"),
-            ("amx_tile", "_is_amx_tile_supported"),
-        )
-        if getattr(torch.cpu, probe, lambda: False)()
-    ]
 
 
 def gpu() -> dict[str, str] | None:
@@ -92,7 +82,7 @@ def record() -> dict[str, Any]:
         "gpu": gpu(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16_instructions": bf16_instructions(),
+        "bf16_instructions": bfloat16_instructions(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "versions": versions,

@@ -124,10 +124,9 @@ class Anderson(Solver):
             solver: the ridge is added as it is, and only a row that is not finite restarts).
         mixing: beta in (0, 1].
         ladder: "auto" runs the steps far from the tolerance with bfloat16 products where the
-            processor has fast ones (of x86 with AVX512-BF16 and no AMX: on one thread) and the
-            layer is at least 256 wide; the last steps, the residual that stops a row and the
-            returned state are in the features' precision. "off" uses the features' precision
-            throughout, which for few rows (24 of width 768, say) is the faster.
+            processor has fast ones and the layer is at least 256 wide; the last steps, the
+            residual that stops a row and the returned state are in the features' precision. "off"
+            uses the features' precision throughout.
     """
 
     memory: int = 5

@@ -70,7 +70,7 @@ def test_alone_in_a_batch_and_in_any_order(layer, dtype):
 def test_gradient_of_a_row_does_not_depend_on_its_neighbours(monkeypatch, dtype, ladder, tolerance):
     torch.manual_seed(3)
     # The ladder begins at width 256, here on any processor.
-    monkeypatch.setattr(solve_module, "fast_bfloat16", lambda: True)
+    monkeypatch.setattr(solve_module, "bfloat16_instructions", lambda: "some")
     dim = 256 if ladder == "auto" else DIM
     solver = Anderson(ladder=ladder)
     fusion = DEQFusion(dim, COUNT, solver=solver, adjoint=Implicit(solver)).to(dtype)

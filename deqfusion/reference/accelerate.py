@@ -12,7 +12,6 @@ which are the weights of the bordered system of Walker and Ni. One row of H is n
 
 from __future__ import annotations
 
-import copy
 from typing import Protocol
 
 import torch
@@ -40,12 +39,8 @@ class Accelerator(Protocol):
         """Keeps the rows index (K, S)."""
         ...
 
-    def snapshot(self) -> Accelerator:
-        """This history as it is now, unchanged by what follows."""
-        ...
-
-    def join(self, parts: list[tuple[Accelerator, Tensor]]) -> Accelerator:
-        """The histories of the rows index (K, S) of parts of the same kind, side by side."""
+    def fresh(self) -> Accelerator:
+        """Another of the same options, without a history."""
         ...
 
 
@@ -67,12 +62,8 @@ class Picard:
     def take(self, index: Tensor) -> None:
         """There is nothing to take."""
 
-    def snapshot(self) -> Picard:
-        """Itself."""
-        return self
-
-    def join(self, parts: list[tuple[Accelerator, Tensor]]) -> Picard:
-        """Itself."""
+    def fresh(self) -> Picard:
+        """Itself: there is no history."""
         return self
 
 
@@ -89,8 +80,7 @@ class Anderson:
     def __init__(self, memory: int, ridge: float | None, relative: bool, mixing: float) -> None:
         self.memory, self.ridge, self.relative, self.mixing = memory, ridge, relative, mixing
         # Entry j of the lists, of the Gram matrix (K, R, m, m) and of `valid` (K, R, m) are the
-        # same evaluation, the oldest first: sums then run in the same order whatever rows were
-        # joined. `valid` None: all entries are.
+        # same evaluation, the oldest first. `valid` None: all entries are.
         self.f: list[Tensor] = []
         self.g: list[Tensor] = []
         self.gram: Tensor | None = None
@@ -176,43 +166,9 @@ class Anderson:
         if self.valid is not None:
             self.valid = take_rows(self.valid, index)
 
-    def snapshot(self) -> Anderson:
-        """This history as it is now; the evaluations in it are not copied."""
-        other = copy.copy(self)
-        other.f, other.g = list(self.f), list(self.g)
-        other.gram = None if self.gram is None else self.gram.clone()
-        other.valid = None if self.valid is None else self.valid.clone()
-        return other
-
-    def join(self, parts: list[tuple[Accelerator, Tensor]]) -> Anderson:
-        """The histories of the rows index (K, S) of each part, side by side."""
-        histories = [(part, index) for part, index in parts if isinstance(part, Anderson)]
-        n = max(len(part.f) for part, _ in histories)
-        aged = [part._aged(index, n) for part, index in histories]
-        joined = Anderson(self.memory, self.ridge, self.relative, self.mixing)
-        joined.f = [torch.cat(column, 1) for column in zip(*(a[0] for a in aged), strict=True)]
-        joined.g = [torch.cat(column, 1) for column in zip(*(a[1] for a in aged), strict=True)]
-        joined.gram = joined.f[0].new_zeros(*joined.f[0].shape[:2], self.memory, self.memory)
-        joined.gram[..., :n, :n] = torch.cat([a[2] for a in aged], 1)
-        if any(part.valid is not None or len(part.f) < n for part, _ in histories):
-            joined.valid = torch.zeros_like(joined.gram[..., 0], dtype=torch.bool)
-            joined.valid[..., :n] = torch.cat([a[3] for a in aged], 1)
-        return joined
-
-    def _aged(self, index: Tensor, n: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """f, g, Gram matrix and validity of rows, n entries, filled with zeros at the old end."""
-        assert self.gram is not None
-        have = len(self.f)
-        empty = [torch.zeros_like(take_rows(self.f[0], index))] * (n - have)
-        f = empty + [take_rows(entry, index) for entry in self.f]
-        g = empty + [take_rows(entry, index) for entry in self.g]
-        small = take_rows(self.gram.flatten(2), index).unflatten(-1, (self.memory, -1))
-        gram = small.new_zeros(*small.shape[:2], n, n)
-        gram[..., n - have :, n - have :] = small[..., :have, :have]
-        valid = torch.zeros_like(gram[..., 0], dtype=torch.bool)
-        given = True if self.valid is None else take_rows(self.valid, index)[..., :have]
-        valid[..., n - have :] = given
-        return f, g, gram, valid
+    def fresh(self) -> Anderson:
+        """Another of the same options, without a history."""
+        return Anderson(self.memory, self.ridge, self.relative, self.mixing)
 
 
 class Broyden:
@@ -272,10 +228,6 @@ class Broyden:
         if self.last is not None:
             self.last = (take_rows(self.last[0], index), take_rows(self.last[1], index))
 
-    def snapshot(self) -> Broyden:
-        """Not made: rows of a quasi-Newton solve all are at the same step."""
-        raise NotImplementedError("Broyden's method has no precision ladder")
-
-    def join(self, parts: list[tuple[Accelerator, Tensor]]) -> Broyden:
-        """Not made, see `snapshot`."""
-        raise NotImplementedError("Broyden's method has no precision ladder")
+    def fresh(self) -> Broyden:
+        """Another of the same options, without a history."""
+        return Broyden(self.memory)

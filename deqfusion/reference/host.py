@@ -2,22 +2,24 @@ r"""The loop on a CPU: rows that ended are dropped, and far from a solution prod
 
 Rules of when a row ends: `deqfusion.reference.iterate`. Here the flags of the rows are read (in
 NumPy, whose small operations cost a fraction of torch's): the loop ends with the last row, and
-rows that ended leave the work once a quarter of them has (compaction).
+rows that ended leave the work once enough of them have (compaction).
 
-Precision ladder: a row's evaluations are exact (in the precision of the features) or near (with
-bfloat16 products of differences from the row's last exact one, its anchor; see `LadderBlock`). The
-first is exact, and from zeros costs no product of all rows. Then they are near until the residual
+Precision ladder: evaluations are exact (in the precision of the features) or near (with bfloat16
+products of differences from the last exact evaluation, the anchor; see `LadderBlock`). Rows in work
+are evaluated together, in rounds. The first evaluation of a round is exact (from zeros it costs no
+product of all rows), and so are the fifth, the eleventh, the seventeenth: an anchor closer by makes
+smaller errors. A row leaves the round for an exact evaluation, its next,
 
-- has fallen to `FLOOR` times that at the anchor, where rounding begins to count: the next is exact
-  and the new anchor;
-- is within `REACH` of the tolerance, so that the next is likely to meet it;
-- stalls, or is not finite, or the last exact step gained nothing; or the next step is the last.
+- when its residual is within `REACH` of the tolerance, so that the next should meet it;
+- when it is lost (not finite, or sent back to its best iterate), or the next step is its last.
 
-Only exact evaluations end a row or become its best iterate. Rows that come to an exact evaluation
-wait, each at its own step, until no row is left to be evaluated near, and take it together:
-products of both kinds are then as large as they can be. Every choice is made row by row, and
-work is never cut to fewer than `MIN_ROWS` rows (below, libraries change their order of summation;
-a batch of fewer is filled up by the caller), so that a row's answer does not depend on the batch.
+It waits, without its history, until the round is empty; the rows that left are the next round.
+Nearly all of them end with its first evaluation, so that products of both kinds are as large as can
+be. Only exact evaluations end a row or become its best iterate. Every choice depends on the row
+alone and on evaluations counted from the beginning of its round, which all rows in it began with,
+and work is never cut to fewer than `MIN_ROWS` rows (below, libraries change their order of
+summation; a batch of fewer is filled up by the caller): a row's answer does not depend on the
+batch.
 """
 
 from __future__ import annotations
@@ -54,11 +56,9 @@ STRIDE = 32
 """Rows in work are a multiple of this, or `MIN_ROWS`: a library keeps code of its own for every
 size of a product that it meets, and making and keeping it costs more than the rows filled in."""
 COMPACT_BELOW = 0.75
-KEEP_FROM = 0.6
-FLOOR = 1e-2
-REACH = 2.5
-STALL = 2
-"""Near steps without a residual 10 % lower, after which the next is exact."""
+REACH = 2.0
+FIRST_ANCHOR, ANCHOR_EVERY = 4, 6
+"""Evaluations of a round, from 0, that are exact: 0, FIRST_ANCHOR, and every ANCHOR_EVERY after."""
 
 
 def fixed_point(
@@ -85,29 +85,24 @@ def rounded(rows: int) -> int:
     return MIN_ROWS if rows <= MIN_ROWS else -(-rows // STRIDE) * STRIDE
 
 
-class _Waiting(NamedTuple):
-    """Rows that wait for an exact evaluation: `numbers` (K, S) into tensors of an earlier step."""
+class _Left(NamedTuple):
+    """Rows that left a round, of all blocks alike; some, where not `chosen` (K, S), fill up."""
 
-    numbers: Tensor
     chosen: Array
     figures: Array
     z: Tensor
     best_f: Tensor
     best_g: Tensor
-    accelerator: Accelerator
 
 
 class _Loop:
     """The rows in work: flags and figures (K, S) in NumPy, tensors (K, S, d).
 
     Figures, per row: `step` evaluations taken, `best` residual and the step `improved_at` which it
-    fell, `restarts`; of the ladder the residual `at_anchor`, the `least` since and when it
-    `fell_at`; and `origin`, the row's number in the outcome.
+    fell, `restarts`, and `origin`, the row's number in the outcome.
     """
 
-    FIGURES = (
-        "step", "best", "improved_at", "restarts", "at_anchor", "least", "fell_at", "origin",
-    )  # fmt: skip
+    FIGURES = ("step", "best", "improved_at", "restarts", "origin")
 
     def __init__(
         self,
@@ -130,18 +125,24 @@ class _Loop:
         self.running = np.ones((blocks, count), bool) if active is None else active.numpy().copy()
         self.best_f: Tensor | None = None
         self.best_g: Tensor | None = None
-        self.exact = True
+        self.evaluations = 0
         self.anchor: Anchor | None = None
-        self.waiting: list[_Waiting] = []
+        self.left: list[_Left] = []
 
     def figure(self, name: str) -> Array:
         """A view of one figure, (K, S)."""
         return self.figures[self.FIGURES.index(name)]
 
+    @property
+    def exact(self) -> bool:
+        """Whether the next evaluation of this round is exact."""
+        since = self.evaluations - FIRST_ANCHOR
+        return not self.settings.ladder or self.evaluations == 0 or since % ANCHOR_EVERY == 0
+
     def run(self) -> None:
-        """Steps until no row runs and none waits."""
+        """Steps until no row runs and none has left a round."""
         with np.errstate(all="ignore"):
-            while self.settings.max_steps and (self.running.any() or self.load()):
+            while self.settings.max_steps and (self.running.any() or self.begin_round()):
                 self.advance()
 
     def advance(self) -> None:
@@ -161,21 +162,26 @@ class _Loop:
             at = self.figure("origin")[k, s].astype(int), self.figure("step")[k, s].astype(int) - 1
             self.trace[k, at[0], at[1], 0], self.trace[k, at[0], at[1], 1] = gn[k, s], fn[k, s]
         finite = np.isfinite(gn) & np.isfinite(fn)
-        self.judge(relative, gn <= goal, finite)
+        if self.exact:
+            self.judge(relative, gn <= goal, finite)
+        self.evaluations += 1
         if not self.running.any():
             return
         lost = self.running & ~finite
         if self.settings.restart:
             lost |= self.running & (relative > RISE * self.figure("best"))
-        # A row sent back to its best iterate leaves its anchor, and what fell since, behind.
-        next_exact = lost | self.choose_precision(relative, gn <= REACH * goal, finite)
+        leaving = np.zeros_like(lost)
+        if self.settings.ladder:
+            last = self.figure("step") + 1 >= self.settings.max_steps
+            leaving = self.running & (lost | last | (gn <= REACH * goal))
         if self.running.mean() < COMPACT_BELOW:
             index = self.compact()
-            next_exact, lost = (np.take_along_axis(x, index, 1) for x in (next_exact, lost))
+            leaving, lost = (np.take_along_axis(x, index, 1) for x in (leaving, lost))
         self.z = self.accelerator.propose(self.z, self.f, self.g)
         if lost.any():
             self.restart(lost)
-        self.divide(next_exact)
+        if leaving.any():
+            self.leave(leaving)
 
     def evaluate(self, z: Tensor | None) -> Tensor:
         """f(z), of all rows in work in the same precision."""
@@ -189,8 +195,6 @@ class _Loop:
 
     def judge(self, relative: Array, met: Array, finite: Array) -> None:
         """Keeps the best iterates of an exact evaluation, and ends rows."""
-        if not self.exact:
-            return
         running, step, best = self.running, self.figure("step"), self.figure("best")
         met = met & finite
         improved = running & finite & (met | (relative < best))
@@ -234,25 +238,6 @@ class _Loop:
             0, torch.from_numpy(k * count + origin), values
         )
 
-    def choose_precision(self, relative: Array, reached: Array, finite: Array) -> Array:
-        """Which rows' next evaluation is exact, (K, S)."""
-        if not self.settings.ladder:
-            return self.running
-        step, at_anchor, least = (self.figure(name) for name in ("step", "at_anchor", "least"))
-        fell_at = self.figure("fell_at")
-        # An exact step that gained nothing is followed by exact ones until one does.
-        exact = self.exact & (relative > self.figure("best"))
-        if self.exact:
-            at_anchor[:] = relative
-            least[:] = np.inf
-        fell = relative < 0.9 * least
-        least[fell] = relative[fell]
-        fell_at[fell] = step[fell]
-        stalled = step - fell_at >= STALL
-        exact |= reached | stalled | ~finite | (relative <= FLOOR * at_anchor)
-        exact |= step + 1 >= self.settings.max_steps
-        return exact
-
     def restart(self, lost: Array) -> None:
         """Damped steps from the best iterates of the rows lost, their history forgotten.
 
@@ -271,68 +256,52 @@ class _Loop:
         count = torch.from_numpy(np.maximum(restarts, 1)).to(self.z.dtype)
         self.z = torch.where(rows.unsqueeze(-1), damped(self.best_f, self.best_g, count), self.z)
 
-    def divide(self, exact: Array) -> None:
-        """Goes on with the rows that are next evaluated near, if any, the others waiting."""
-        exact = exact & self.running
-        near = self.running & ~exact
-        if near.any():
-            if exact.any():
-                self.wait(exact)
-                self.running = near
-                if near.mean() < COMPACT_BELOW:
-                    self.compact()
-            self.exact = False
-        elif self.waiting:
-            self.wait(exact)
-            self.running = near
-        else:
-            self.exact = True
+    def leave(self, rows: Array) -> None:
+        """Takes rows out of the round, for an exact evaluation."""
+        index = np.argsort(~rows, axis=1, kind="stable")[:, : rows.sum(1).max()]
+        self.left.append(
+            _Left(
+                np.take_along_axis(rows, index, 1),
+                np.take_along_axis(self.figures, index[None], 2),
+                *self._rows(index),
+            )
+        )
+        self.running = self.running & ~rows
+        if self.running.any() and self.running.mean() < COMPACT_BELOW:
+            self.compact()
 
-    def wait(self, rows: Array) -> None:
-        """Puts rows aside: many by keeping what they are selected from, few by copying them."""
+    def begin_round(self) -> bool:
+        """Takes the rows that left into work; False if there are none."""
+        if not self.left:
+            return False
+        left, self.left = self.left, []
+        self.running = np.concatenate([group.chosen for group in left], 1)
+        self.figures = np.concatenate([group.figures for group in left], 2)
+        self.z, self.best_f, self.best_g = (
+            torch.cat([getattr(group, name) for group in left], 1)
+            for name in ("z", "best_f", "best_g")
+        )
+        # All blocks get the same number of rows, some not running.
+        index = np.argsort(~self.running, axis=1, kind="stable")
+        size = min(rounded(int(self.running.sum(1).max())), self.outcome.status.shape[1])
+        missing = max(size - index.shape[1], 0)
+        index = np.concatenate([index[:, :size], np.repeat(index[:, -1:], missing, 1)], 1)
+        self.running = np.take_along_axis(self.running, index, 1)
+        self.running[:, size - missing :] = False
+        self.figures = np.take_along_axis(self.figures, index[None], 2)
+        self.z, self.best_f, self.best_g = self._rows(index)
+        self.block = self.whole.take(torch.from_numpy(self.figure("origin").astype(int)))
+        self.accelerator, self.anchor, self.evaluations = self.accelerator.fresh(), None, 0
+        return True
+
+    def _rows(self, index: Array) -> tuple[Tensor, Tensor, Tensor]:
+        """The next iterates, best iterates and their residuals of rows (K, S)."""
         assert self.z is not None
         assert self.best_f is not None
         assert self.best_g is not None
-        index = np.argsort(~rows, axis=1, kind="stable")[:, : rows.sum(1).max()]
-        numbers, history = torch.from_numpy(index), self.accelerator.snapshot()
-        tensors = self.z, self.best_f, self.best_g
-        if index.shape[1] < KEEP_FROM * rows.shape[1]:
-            tensors = (take_rows(tensors[0], numbers), take_rows(tensors[1], numbers),
-                       take_rows(tensors[2], numbers))  # fmt: skip
-            history.take(numbers)
-            numbers = torch.arange(index.shape[1]).expand(len(index), -1)
-        chosen = np.take_along_axis(rows, index, 1)
-        figures = np.take_along_axis(self.figures, index[None], 2)
-        self.waiting.append(_Waiting(numbers, chosen, figures, *tensors, history))
-
-    def load(self) -> bool:
-        """Takes all rows that wait into work, for an exact evaluation; False if there are none."""
-        if not self.waiting:
-            return False
-        groups, self.waiting = self.waiting, []
-        # All blocks get the same number of rows, some not running.
-        waiting = sum(group.numbers.shape[1] for group in groups)
-        missing = rounded(waiting) - waiting
-        if missing:
-            last = groups[-1]
-            groups.append(
-                last._replace(
-                    numbers=last.numbers[:, :1].expand(-1, missing),
-                    chosen=np.zeros((len(last.chosen), missing), bool),
-                    figures=np.repeat(last.figures[:, :, :1], missing, 2),
-                )
-            )
-
-        def gather(name: str) -> Tensor:
-            return torch.cat([take_rows(getattr(g, name), g.numbers) for g in groups], 1)
-
-        self.z, self.best_f, self.best_g = gather("z"), gather("best_f"), gather("best_g")
-        self.figures = np.concatenate([group.figures for group in groups], 2)
-        self.running = np.concatenate([group.chosen for group in groups], 1)
-        self.accelerator = self.accelerator.join([(g.accelerator, g.numbers) for g in groups])
-        self.block = self.whole.take(torch.from_numpy(self.figure("origin").astype(int)))
-        self.anchor, self.exact = None, True
-        return True
+        numbers = torch.from_numpy(index)
+        return (take_rows(self.z, numbers), take_rows(self.best_f, numbers),
+                take_rows(self.best_g, numbers))  # fmt: skip
 
     def compact(self) -> Array:
         """Drops rows that do not run, as far as the fullest of the blocks allows.

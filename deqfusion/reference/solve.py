@@ -121,16 +121,6 @@ def bfloat16_instructions() -> str | None:
     return "SVE" if "SVE" in torch.backends.cpu.get_cpu_capability() else None
 
 
-def fast_bfloat16() -> bool:
-    """Whether bfloat16 products pay on this processor, with the threads that torch has.
-
-    AVX512-BF16 is twice as fast as fp32. On more than one thread products are too small a part of a
-    step for that: two lost 5 to 30% (bench/NOTES.md).
-    """
-    kind = bfloat16_instructions()
-    return kind is not None and (kind != "AVX512-BF16" or torch.get_num_threads() == 1)
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -150,7 +140,7 @@ def settings_of(
 ) -> Settings:
     """When rows end, and whether the ladder is climbed; `tolerance` replaces `o.rtol`."""
     ladder = o.ladder and example.dtype == torch.float32 and width >= LADDER_WIDTH
-    ladder = ladder and fast_bfloat16()
+    ladder = ladder and bfloat16_instructions() is not None
     rtol = o.rtol if tolerance is None else tolerance
     return Settings(rtol, o.atol, o.max_steps, o.relative_ridge, ladder)
 

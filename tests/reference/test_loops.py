@@ -1,6 +1,5 @@
 """The two loops: the one that reads flags and climbs the ladder, and the one that does neither."""
 
-import itertools
 import traceback
 
 import pytest
@@ -26,17 +25,7 @@ def equilibrium(fusion: DEQFusion, features: torch.Tensor, **options):
 @pytest.fixture
 def bfloat16(monkeypatch):
     """The ladder, whatever this processor is good at."""
-    monkeypatch.setattr(solve, "fast_bfloat16", lambda: True)
-
-
-@pytest.mark.parametrize(
-    ("kind", "threads", "pays"),
-    [(None, 1, False), ("AVX512-BF16", 1, True), ("AVX512-BF16", 2, False), ("AMX", 2, True)],
-)
-def test_where_bfloat16_products_pay(monkeypatch, kind, threads, pays):
-    monkeypatch.setattr(solve, "bfloat16_instructions", lambda: kind)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert solve.fast_bfloat16() is pays
+    monkeypatch.setattr(solve, "bfloat16_instructions", lambda: "some")
 
 
 @pytest.fixture
@@ -56,6 +45,13 @@ def low_products(monkeypatch, bfloat16):
     for kind in (solve.ModalityBlock, solve.FusionBlock, adjoint._LinearBlock):
         count(kind)
     return names
+
+
+@pytest.mark.parametrize("kind", [None, "AVX512-BF16"])
+def test_the_ladder_is_climbed_where_bfloat16_products_are_fast(monkeypatch, low_products, kind):
+    monkeypatch.setattr(solve, "bfloat16_instructions", lambda: kind)
+    equilibrium(layer(), torch.randn(COUNT, 20, DIM))
+    assert bool(low_products) is (kind is not None)
 
 
 @pytest.mark.parametrize("solver", [Anderson, Picard, Broyden], ids=lambda solver: solver.__name__)
@@ -162,36 +158,31 @@ def test_gradients_by_the_ladder(low_products):
         assert (got - expected).norm() < 2e-3 * expected.norm()
 
 
-def test_waiting_rows_keep_their_histories():
-    """Rows put aside at different steps and joined go on as they would have alone."""
-    torch.manual_seed(0)
-    dim = 12
-    maps = torch.randn(1, 24, dim, dim, dtype=torch.float64) / dim
-    offset = torch.randn(1, 24, dim, dtype=torch.float64)
+def test_rows_that_miss_the_tolerance_begin_another_round(monkeypatch, low_products):
+    """Rows that left a round too early: the next begins with the evaluation that missed."""
+    monkeypatch.setattr(host, "REACH", 1e3)
+    fusion, features = layer(solver=Anderson(tol=1e-5)), torch.randn(COUNT, 40, DIM)
+    found = equilibrium(fusion, features)
+    expected = equilibrium(layer(solver=Anderson(tol=1e-5, ladder="off")), features)
+    assert found.stats.converged.all()
+    assert (found.stats.steps >= expected.stats.steps).all()
+    error = (found.state - expected.state).norm(dim=-1) / expected.state.norm(dim=-1)
+    assert error.max() < 1e-4
 
-    def step(z, rows):
-        return torch.einsum("krij,krj->kri", maps[:, rows], z) + offset[:, rows]
 
-    def run(accelerator, z, rows, steps):
-        for _ in range(steps):
-            f = step(z, rows)
-            z = accelerator.propose(z, f, f - z)
-        return z
+def test_exact_evaluations_of_a_round(monkeypatch, bfloat16):
+    """The first, the fifth, and every sixth after it."""
+    exact = []
+    evaluate = host._Loop.evaluate
 
-    early, late = torch.arange(8), torch.arange(8, 24)
-    # A ridge that would show whether its scale came from a row's own entries.
-    for before, ridge, lost in itertools.product((2, 7), (None, 1e-2), (False, True)):
-        one, other = (solve.Anderson(5, ridge, True, 1.0) for _ in range(2))
-        z_early = run(one, torch.zeros(1, 8, dim, dtype=torch.float64), early, before)
-        if lost:
-            one.restart(torch.arange(8).unsqueeze(0) % 3 == 0)
-            z_early = run(one, z_early, early, 1)
-        z_late = run(other, torch.zeros(1, 16, dim, dtype=torch.float64), late, before + 2)
-        index = torch.arange(16).unsqueeze(0)
-        joined = one.join([(one.snapshot(), index[:, :8]), (other.snapshot(), index)])
-        both = run(joined, torch.cat((z_early, z_late), 1), torch.arange(24), 4)
-        torch.testing.assert_close(both[:, :8], run(one, z_early, early, 4), rtol=1e-8, atol=1e-9)
-        torch.testing.assert_close(both[:, 8:], run(other, z_late, late, 4), rtol=1e-8, atol=1e-9)
+    def recording(self, z):
+        exact.append(self.exact)
+        return evaluate(self, z)
+
+    monkeypatch.setattr(host._Loop, "evaluate", recording)
+    equilibrium(layer(solver=Anderson(tol=1e-9, max_steps=18)), torch.randn(COUNT, 20, DIM))
+    # The last step of a row that does not converge, the eighteenth, is a round of its own.
+    assert [at for at, is_exact in enumerate(exact[:18]) if is_exact] == [0, 4, 10, 16, 17]
 
 
 def test_min_rows_is_what_the_loop_pads_to(monkeypatch):
