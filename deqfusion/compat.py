@@ -8,9 +8,8 @@ names, so a script needs to change its import and nothing else:
 
     from deqfusion.compat import OfficialDEQFusion as DEQFusion
 
-The exception is their MM-IMDB script: its copy of the class ends the fusion block with the norm
-before the ReLU, without a keyword to say so. Here it is `tail="norm_relu"`, which that script must
-add to `DEQFusion(512, 2, 105, 106, "abs")`; the default is the order of their other files.
+Their MM-IMDB script has its own copy of the class, which ends the fusion block with the norm before
+the ReLU: it imports `OfficialMMIMDBDEQFusion`.
 
 Differences from the authors' class, each on purpose:
 
@@ -255,7 +254,7 @@ class OfficialDEQFusion(nn.Module):
         eps: where a row stops. The authors' 1e-5 with "abs" is beyond fp32 for wide features, so
             rows then run to `f_thres` or until they stagnate, as theirs do;
             `stop_mode="rel", eps=1e-3` is several times as fast.
-        tail: "relu_norm", or "norm_relu" as in the authors' MM-IMDB file.
+        tail: "relu_norm", or "norm_relu" as in `OfficialMMIMDBDEQFusion`.
         dropout: probability of dropping gates and fused channels while training.
         joint: solve all blocks as one problem, as theirs does, for traces like the paper's.
 
@@ -397,6 +396,17 @@ class OfficialDEQFusion(nn.Module):
                 "result": _official_state(equilibrium),
             }
         return equilibrium.fused, loss.view(1, 1), trace
+
+
+class OfficialMMIMDBDEQFusion(OfficialDEQFusion):
+    """The class of the authors' MM-IMDB file: `OfficialDEQFusion` with the norm before the ReLU.
+
+    Args:
+        args, options: as of `OfficialDEQFusion`, but that `tail` is "norm_relu".
+    """
+
+    def __init__(self, *args: Any, tail: str = "norm_relu", **options: Any) -> None:
+        super().__init__(*args, tail=tail, **options)
 
 
 def _complete_checkpoint(

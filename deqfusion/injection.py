@@ -93,12 +93,14 @@ class _StackAndInject(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, gradient: Tensor | None, injected_gradient: Tensor | None) -> Any:
-        x, present, *_ = ctx.saved_tensors
+        # Read once: checkpointing gives what is saved a single time.
+        saved = ctx.saved_tensors
+        x, present, *_ = saved
         weight = bias = None
         if injected_gradient is not None:
             gradient = torch.zeros_like(x) if gradient is None else gradient
             features, weight, bias = torch.ops.deqfusion.inject_adjoint(
-                gradient, injected_gradient, *ctx.saved_tensors
+                gradient, injected_gradient, *saved
             )
         elif gradient is None:
             return (None,) * len(ctx.needs_input_grad)

@@ -55,5 +55,6 @@ def jacobian_penalty(
         )
         if present is not None:
             jv = torch.cat((torch.where(present.unsqueeze(-1), jv[:-1], 0.0), jv[-1:]))
-        total = total + torch.where(finite.unsqueeze(-1), jv, 0.0).square().sum()
+        # Row by row first: compilers guard on the size of a whole sum, and compile it again.
+        total = total + torch.where(finite.unsqueeze(-1), jv, 0.0).square().sum(-1).sum()
     return total / (probes * max(state.numel(), 1))

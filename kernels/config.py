@@ -84,8 +84,9 @@ class SolveOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.memory <= MAX_MEMORY:
             raise ValueError(
-                f"memory: got {self.memory}, expected 0 to {MAX_MEMORY} in a Triton program "
-                "(any on the reference: DEQFUSION_BACKEND=reference)"
+                f"memory: got {self.memory}, expected 0 to {MAX_MEMORY} in the Triton programs "
+                f"(schedules {', '.join(SCHEDULES)}; any on the reference: "
+                "DEQFUSION_BACKEND=reference)"
             )
         if self.max_steps < 1:
             raise ValueError(f"max_steps: got {self.max_steps}, expected at least 1")
@@ -121,16 +122,18 @@ def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128)
         capability: of a CUDA device, as 80 or 90; 0 for others.
         padded: P, channels of a padded group.
 
-    Without spills: below 90 the compiler keeps more of a program in registers, so that adjoints
-    need one stage, and schedule step tiles of 32 x 128 instead of 64 x 128; above 90 products are
-    deeper. `python -m deqfusion.kernels.targets` tells.
+    Without spills up to groups of 256 channels: below 90 the compiler keeps more of a program in
+    registers, so that adjoints need one stage, and schedule step tiles of 32 x 128 instead of 64 x
+    128; above 90 products are deeper, and of wide groups shallower. `python -m
+    deqfusion.kernels.targets` tells, and what wider groups spill.
     """
-    old = 0 < capability < 90
+    old, wide = 0 < capability < 90, padded >= 256
     if schedule == "step":
         rows = max(16, min(32 if old else 64, 8192 // padded))
         warps = 8 if old or rows * padded >= 4096 else 4
         return Config(schedule, rows, depth=64 if capability >= 100 else 32, warps=warps, stages=2)
-    return Config(schedule, rows=16, depth=32, warps=8, stages=1 if adjoint and old else 2)
+    depth, stages = 16 if wide else 32, 1 if adjoint and (old or wide) else 2
+    return Config(schedule, rows=16, depth=depth, warps=8, stages=stages)
 
 
 def shipped_schedules(adjoint: bool, capability: int) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .config import SCHEDULES, Config, shipped, shipped_schedules
+from .config import MAX_PADDED, SCHEDULES, Config, shipped, shipped_schedules
 from .layout import Layout
 
 
@@ -134,7 +134,7 @@ def predict(
         steps: None: `STEPS`.
 
     Raises:
-        ValueError: for an unknown block, or sizes below 1.
+        ValueError: for an unknown block, sizes below 1, or a group wider than a tile may be.
     """
     if block not in PRODUCTS:
         raise ValueError(f"block: got {block!r}, expected one of {', '.join(PRODUCTS)}")
@@ -142,6 +142,11 @@ def predict(
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     layout = Layout(dim, groups)
+    if layout.padded > MAX_PADDED:
+        raise ValueError(
+            f"dim {dim} in {groups} groups: got {layout.group} channels per group, the GPU "
+            f"programs have at most {MAX_PADDED}"
+        )
     width, share = layout.width, 1 if config.schedule == "row" else groups
     count = modalities if block == "modality" else 1
     programs = math.ceil(rows / config.rows) * count * share
@@ -235,4 +240,8 @@ def table(rows: int, dim: int, modalities: int, target: str, **options: bool | i
                 f"{1e6 * p.step:>9.1f}{1e6 * p.solve:>10.0f}  {p.limiter}"
             )
     lines.append(f"constants: {device.source}")
+    lines.append(
+        f"assumed: {1e6 * HOST:g} us of the host per launch, {1e6 * LATENCY:g} us of latency per "
+        f"phase; steps to 1e-3: {', '.join(f'{name} {n}' for name, n in STEPS.items())}"
+    )
     return "\n".join(lines)

@@ -111,7 +111,10 @@ def normalised(v, vectors, group, W: tl.constexpr, DG: tl.constexpr, P: tl.const
     return f, xhat, rstd
 
 
-@triton.jit(do_not_specialize=["rows", "padded_rows", "max_steps"])
+@triton.jit(
+    do_not_specialize=["rows", "padded_rows", "max_steps"],
+    do_not_specialize_on_alignment=["init"],
+)
 def fusion_solve_kernel(
     modalities, x, modality_status, init, gate_mask, fusion_mask, out, status, steps, residual,
     trace, tolerance,

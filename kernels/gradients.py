@@ -12,7 +12,9 @@ W_f (job 0), then the gate's weight: jobs 1 (y t, z*) and, where one weight serv
 N + 1 (dc_i, z_i), which otherwise make the right half of a (d, 2 d) weight.
 
 Packed fp32 (width W = G P, R' rows): left, right (jobs, R', W); sums (blocks, V, K, W). Unpacked,
-in the parameters' dtype: weights a and b, vectors v0 to v7 (K, d).
+in the parameters' dtype: weights a and b, vectors v0 to v7 (K, d). Products are in `PRECISION`,
+as those of the solves, and accumulated in fp32; sums are fp32.
+Source: the chain rule on arXiv 2306.16645, equations 3 to 7, at the equilibrium.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .config import COUNTERS, MAX_PADDED, Config, SolveOptions, shipped
+from .config import COUNTERS, MAX_PADDED, SCHEDULES, Config, SolveOptions, shipped
 from .cost import default_config
 from .layout import Layout
 from .primitives import interpreted
@@ -92,13 +92,14 @@ class Plan:
         """Checks the width and chooses a config where none is given.
 
         Raises:
-            ValueError: for a group wider than a tile may be.
+            ValueError: for a group wider than a tile may be, and for programs that would wait for
+                one another in the interpreter, which runs them one after the other.
         """
         if layout.padded > MAX_PADDED:
             raise ValueError(
                 f"dim {layout.dim} in {layout.groups} groups: got {layout.group} channels per "
-                f"group, the GPU programs have at most {MAX_PADDED}; "
-                "DEQFUSION_BACKEND=reference has no limit"
+                f"group, the GPU programs (schedules {', '.join(SCHEDULES)}) have at most "
+                f"{MAX_PADDED}; DEQFUSION_BACKEND=reference has no limit"
             )
         asked = config or _asked
         if isinstance(asked, str):
@@ -111,6 +112,11 @@ class Plan:
                 rows, layout, blocks, processors(device), adjoint=adjoint,
                 capability=capability(device),
             )  # fmt: skip
+        if config.schedule == "cooperative" and layout.groups > 1 and interpreted():
+            raise ValueError(
+                f"schedule: got cooperative with {layout.groups} groups in Triton's interpreter, "
+                "expected row or step (with one group, cooperative as well)"
+            )
         return Plan(layout, blocks, rows, options, config, device)
 
     @property
@@ -290,10 +296,11 @@ def resident(
     key = (kernel.__name__, tuple(sorted(constants.items())), config, device.index)
     if key in _held:
         return _held[key]
-    compiled = kernel.warmup(
-        *arguments, grid=(1,), **constants, num_warps=config.warps, num_stages=config.stages
-    )
-    compiled._init_handles()
+    with _compiling(kernel, arguments, config):
+        compiled = kernel.warmup(
+            *arguments, grid=(1,), **constants, num_warps=config.warps, num_stages=config.stages
+        )
+        compiled._init_handles()
     properties = torch.cuda.get_device_properties(device)
     threads = config.warps * properties.warp_size
     registers = -(-compiled.n_regs // 8) * 8 * threads
@@ -314,20 +321,38 @@ def launch(
     """Launches a kernel.
 
     Raises:
-        RuntimeError: if it cannot be compiled for the device: names program, config and device.
+        NotCompiled: if it cannot be compiled for the device: names program, config and device.
         Errors of the launch itself, as they are, with a note on the shape and the config.
     """
     options = {"num_warps": config.warps, "num_stages": config.stages, **(extra or {})}
     try:
-        kernel[grid](*arguments, **constants, **options)
-    except (CompilationError, OutOfResources, PTXASError) as error:
-        raise RuntimeError(
-            f"{kernel.__name__} with {config} cannot be compiled for {_device(arguments)}: "
-            f"{str(error).splitlines()[0]}; DEQFUSION_BACKEND=reference does without it"
-        ) from error
+        with _compiling(kernel, arguments, config):
+            kernel[grid](*arguments, **constants, **options)
+    except NotCompiled:
+        raise
     except Exception as error:
         error.add_note(f"in {kernel.__name__} with {config}, {shape}")
         raise
+
+
+class NotCompiled(RuntimeError):
+    """A program cannot be compiled for a device."""
+
+
+@contextmanager
+def _compiling(kernel: Any, arguments: tuple[Any, ...], config: Config) -> Iterator[None]:
+    """Errors of the compiler name program, config and device."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, CompilationError | OutOfResources | PTXASError)
+        # What the compiler's passes raise is told by its text alone.
+        if not known and "PassManager" not in str(error):
+            raise
+        raise NotCompiled(
+            f"{kernel.__name__} with {config} cannot be compiled for {_device(arguments)}: "
+            f"{str(error).splitlines()[0]}; DEQFUSION_BACKEND=reference does without it"
+        ) from error
 
 
 def _device(arguments: tuple[Any, ...]) -> str:

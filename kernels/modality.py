@@ -78,7 +78,10 @@ def evaluated(
     return affine(xhat3, tl.load(v + 3 * W), tl.load(v + 4 * W)), xhat2, rstd2, xhat3, rstd3
 
 
-@triton.jit(do_not_specialize=["rows", "padded_rows", "max_steps"])
+@triton.jit(
+    do_not_specialize=["rows", "padded_rows", "max_steps"],
+    do_not_specialize_on_alignment=["init"],
+)
 def modality_solve_kernel(
     x, init, present, out, status, steps, residual, trace, tolerance,
     w1, w2, low1, low2, vectors,

@@ -13,6 +13,7 @@ is zero (`kernels.layout`). The tensors of a block are views of one, in this ord
 Parameters are packed at every solve and not kept: what tells that they changed, their version, is
 not raised by fused optimizers, by replays of CUDA graphs, or by writes to `parameter.data`, and a
 layer that goes on with old weights says nothing. At width 512 and N = 3 a pack writes 6 MB.
+Source: none but the layout's, `kernels.layout`.
 """
 
 from __future__ import annotations

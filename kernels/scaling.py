@@ -4,6 +4,10 @@
 
 Two divisions, as the square of a small gradient underflows: lambda is `whole` = divisor norm times
 what the unit gradient leads to. A truncated solve compares nothing with a size, and keeps g.
+
+A program owns BM rows, and of these all groups or its own (`kernels.schedule`); tiles [BM, P] in
+fp32, scalars of a row [BM].
+Source: linearity of lambda = g + J^T lambda.
 """
 
 from __future__ import annotations

@@ -13,6 +13,11 @@ steps depend on another's.
 
 A truncated solve (phantom gradients) takes `max_steps` plain damped steps and returns the last
 iterate; it has M = 1, whose one dot is <f, g>.
+
+A program owns BM rows: flags, residuals and counts are tiles [BM], states [BM, P] a group at a time
+out of tensors (rows, W); the history is that of `kernels.anderson`. All of it is fp32 or int32.
+Source: as `kernels.anderson`; phantom gradients: Z. Geng et al., "On training implicit models",
+NeurIPS 2021.
 """
 
 from __future__ import annotations

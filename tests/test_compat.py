@@ -11,7 +11,12 @@ import torch
 from torch import nn
 
 from deqfusion import DEQFusion
-from deqfusion.compat import OfficialDEQFusion, export_official, load_official
+from deqfusion.compat import (
+    OfficialDEQFusion,
+    OfficialMMIMDBDEQFusion,
+    export_official,
+    load_official,
+)
 from deqfusion.testing import (
     CellOptions,
     dense_jacobian,
@@ -351,15 +356,15 @@ def _next_random(seed: int) -> torch.Tensor:
     return torch.rand(3)
 
 
-@pytest.mark.parametrize("tail", ["relu_norm", "norm_relu"])
-def test_authors_training_loop(tail, capfd):
+@pytest.mark.parametrize("kind", [OfficialDEQFusion, OfficialMMIMDBDEQFusion])
+def test_authors_training_loop(kind, capfd):
     """Their loop: loss + weight * jac_loss, backward, clip, Adam; rel_trace at test."""
 
     class Classifier(nn.Module):
         def __init__(self):
             super().__init__()
             self.encoders = nn.ModuleList([nn.Linear(10, DIM) for _ in range(COUNT)])
-            self.deq_fusion = OfficialDEQFusion(DIM, COUNT, 55, 56, "abs", tail=tail, dropout=0.2)
+            self.deq_fusion = kind(DIM, COUNT, 55, 56, "abs", dropout=0.2)
             self.head = nn.Linear(DIM, 2)
 
         def forward(self, data):
@@ -367,6 +372,8 @@ def test_authors_training_loop(tail, capfd):
             fused, jacobian_loss, trace = self.deq_fusion(features)
             return self.head(fused), jacobian_loss, trace
 
+    expected = "norm_relu" if kind is OfficialMMIMDBDEQFusion else "relu_norm"
+    assert (f"tail={expected!r}" in repr(kind(DIM, COUNT))) is (expected == "norm_relu")
     torch.manual_seed(0)
     labels = torch.randint(0, 2, (40,))
     data = [torch.randn(40, 10) + 2 * labels[:, None] for _ in range(COUNT)]

@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from deqfusion import (
     Anderson,
@@ -212,6 +213,35 @@ def test_inductor():
         got = gradients(model, compiled, inputs)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         assert_close(got, gradients(model, model, inputs), 1e-4)
+
+
+@needs_compiler
+def test_inductor_with_the_jacobian_penalty():
+    """Sums over a whole batch are where it guards on a size."""
+    torch._dynamo.reset()
+    model = Model(32, **tight())
+
+    def penalty(inputs):
+        features = [encoder(x) for encoder, x in zip(model.encoders, inputs, strict=True)]
+        equilibrium = model.fusion.equilibrium(features)
+        return equilibrium.fused.mean() + model.fusion.jacobian_penalty(equilibrium, features)
+
+    compiled = torch.compile(penalty, fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for batch in (7, 2, 64):
+        compiled(some_inputs(batch)).backward()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, batch
+
+
+def test_activation_checkpointing():
+    torch.manual_seed(0)
+    model, inputs = Model(**tight()), some_inputs(5)
+    expected = gradients(model, model, inputs)
+
+    def checkpointed(given):
+        return checkpoint(model, given, use_reentrant=False)
+
+    assert_close(gradients(model, checkpointed, inputs), expected, 1e-6)
 
 
 def exported(model: Model) -> torch.export.ExportedProgram:

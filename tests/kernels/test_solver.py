@@ -1,0 +1,133 @@
+"""When a row ends: the device function by itself, and solves that restart or stagnate."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from deqfusion import Anderson, DEQFusion, Status, functional
+from deqfusion.kernels import solves
+from deqfusion.kernels.config import SolveOptions
+from deqfusion.kernels.solver import judge
+from deqfusion.reference.cell import fusion_cell, gate_constants
+from deqfusion.reference.iterate import MAX_RESTARTS, PATIENCE
+from tests.kernels.problems import CONFIG, Config, Problem
+
+INF, NAN = float("inf"), float("nan")
+
+
+@triton.jit
+def judge_kernel(figures, counts, decided, best_out, step, rtol, atol, RESTART: tl.constexpr):
+    at = tl.arange(0, 16)
+    improved, ended, code, lost, best, improved_at = judge(
+        tl.load(figures + at), tl.load(figures + 16 + at), step, tl.load(counts + at) != 0,
+        tl.load(figures + 32 + at), tl.load(counts + 16 + at), tl.load(counts + 32 + at),
+        tl.load(counts + 48 + at) != 0, rtol, atol, RESTART,
+    )  # fmt: skip
+    tl.store(decided + at, improved.to(tl.int32))
+    tl.store(decided + 16 + at, tl.where(ended, code, -1))
+    tl.store(decided + 32 + at, lost.to(tl.int32))
+    tl.store(decided + 48 + at, improved_at)
+    tl.store(best_out + at, best)
+
+
+STEP = 30
+GOING = -1
+# ||g||, ||f||, best so far, when it fell, restarts, last step, running;
+# improved, status or GOING, lost with restarts on rising residuals, and without.
+CASES = {
+    "meets the tolerance": ((1e-4, 1.0, 0.5, 29, 0, 0, 1), (1, Status.CONVERGED, 0, 0)),
+    "meets it in its last step": ((1e-4, 1.0, 0.5, 29, 0, 1, 1), (1, Status.CONVERGED, 0, 0)),
+    "improves": ((0.4, 1.0, 0.5, 29, 0, 0, 1), (1, GOING, 0, 0)),
+    "does not improve": ((0.6, 1.0, 0.5, 29, 0, 0, 1), (0, GOING, 0, 0)),
+    "rises to nine times": ((4.5, 1.0, 0.5, 29, 0, 0, 1), (0, GOING, 0, 0)),
+    "rises to eleven times": ((5.5, 1.0, 0.5, 29, 0, 0, 1), (0, GOING, 1, 0)),
+    "rises after all restarts": ((5.5, 1.0, 0.5, 29, MAX_RESTARTS, 0, 1), (0, GOING, 0, 0)),
+    "is not finite": ((NAN, 1.0, 0.5, 29, 0, 0, 1), (0, GOING, 1, 1)),
+    "is not finite after all": ((INF, 1.0, 0.5, 29, MAX_RESTARTS, 0, 1),
+                                (0, Status.NON_FINITE, 1, 1)),
+    "never was finite": ((NAN, NAN, INF, 0, 0, 0, 1), (0, Status.NON_FINITE, 1, 1)),
+    "has patience left": ((0.6, 1.0, 0.5, STEP - PATIENCE + 1, 0, 0, 1), (0, GOING, 0, 0)),
+    "has none": ((0.6, 1.0, 0.5, STEP - PATIENCE, 0, 0, 1), (0, Status.STAGNATED, 0, 0)),
+    "runs out of steps": ((0.4, 1.0, 0.5, 29, 0, 1, 1), (1, Status.MAX_STEPS, 0, 0)),
+    "does not run": ((1e-4, 1.0, 0.5, 0, 0, 1, 0), (0, GOING, 0, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_what_a_residual_decides(restart):
+    given = torch.tensor([case[0] for case in CASES.values()], dtype=torch.float64).T
+    rows = given.shape[1]
+    figures = torch.zeros(3, 16)
+    figures[:, :rows] = given[:3].float()
+    counts = torch.zeros(4, 16, dtype=torch.int32)
+    # Running, improved at, restarts, last.
+    counts[:, :rows] = given[[6, 3, 4, 5]].int()
+    decided, best = torch.zeros(4, 16, dtype=torch.int32), torch.zeros(16)
+    judge_kernel[(1,)](figures, counts, decided, best, STEP, 1e-3, 0.0, restart)
+    for row, (name, (before, expected)) in enumerate(CASES.items()):
+        improved, status, *lost = expected
+        got = decided[:, row].tolist()
+        assert got[:2] == [improved, status], name
+        # Of rows that ended it is of no consequence.
+        if status == GOING:
+            assert got[2] == lost[0 if restart else 1], name
+        assert got[3] == (STEP if improved else before[3]), name
+        expected_best = before[0] / before[1] if improved else before[2]
+        assert best[row].item() == pytest.approx(expected_best), name
+
+
+SCHEDULES = [CONFIG, Config("step", depth=16)]
+
+
+@pytest.mark.parametrize("config", SCHEDULES, ids=lambda config: config.schedule)
+def test_patience_ends_a_solve_that_cannot_converge(config):
+    problem = Problem.new(count=1)
+    got = solves.solve_modality(
+        problem.features, problem.modality, 2, False, SolveOptions(rtol=1e-12, max_steps=100),
+        config=config,
+    )  # fmt: skip
+    assert (got.status == Status.STAGNATED).all()
+    assert (got.steps < 100).all()
+    assert (got.residual < 1e-5).all()
+
+
+@pytest.mark.parametrize("config", SCHEDULES, ids=lambda config: config.schedule)
+def test_a_rising_residual_restarts_as_on_the_reference(config):
+    """Plain iteration from beside a fixed point that repels, residual by residual."""
+    torch.manual_seed(8)
+    layer = DEQFusion(8, 1, num_groups=1, gate="identity", dtype=torch.float64)
+    p, cell = layer.fusion_parameters, layer.options
+    with torch.no_grad():
+        layer.gate_weight.mul_(4)
+        modality, injection = torch.randn(1, 1, 8).double(), torch.randn(1, 8).double()
+        constants = gate_constants(modality, p, cell)
+
+    def step(z):
+        return fusion_cell(z.unsqueeze(0), constants, injection, p, cell).squeeze(0)
+
+    z, eye = torch.randn(8).double(), torch.eye(8).double()
+    for _ in range(50):
+        jacobian = torch.autograd.functional.jacobian(step, z)
+        z = z - torch.linalg.solve(jacobian - eye, step(z).detach() - z)
+    assert (step(z) - z).norm() < 1e-10
+    assert torch.linalg.eigvals(jacobian).abs().max() > 1.5
+    start = (z + 1e-4 * torch.randn(8).double()).float().unsqueeze(0)
+    layer = layer.float()
+    solver = Anderson(tol=1e-9, max_steps=30, memory=0, ladder="off")
+    tensors = modality.float(), injection.float()
+    with torch.no_grad():
+        expected = functional.fusion_equilibrium(
+            *tensors, layer.fusion_parameters, cell=cell, solver=solver, init=start, trace=True
+        )
+        got = solves.solve_fusion(
+            *tensors, [t.detach() for t in layer.fusion_parameters], 1, cell.gate, cell.gate_input,
+            cell.tail, SolveOptions(rtol=1e-9, max_steps=30, memory=0), init=start, record=True,
+            config=config,
+        )  # fmt: skip
+    residuals, truth = got.trace[0, 0, :, 0], expected.trace[0, :, 0]
+    falls = residuals[1:] < 0.3 * residuals[:-1]
+    assert falls.sum() >= MAX_RESTARTS, "no restart tests nothing"
+    # Of two restarts; what repels magnifies roundings as well.
+    torch.testing.assert_close(residuals[:9], truth[:9], rtol=5e-2, atol=0.0)
+    assert got.status[0, 0] == expected.status[0]
