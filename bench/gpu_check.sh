@@ -28,7 +28,8 @@ export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 pids=()
 for ((i = 0; i < workers; i++)); do
   (
-    DEQFUSION_SHARD=$i/$workers timeout 210 "$python" -m pytest -q tests/gpu -p no:cacheprovider \
+    DEQFUSION_SHARD=$i/$workers timeout 210 "$python" -m pytest -q tests/gpu tests/kernels/test_golden.py \
+      -p no:cacheprovider \
       --junitxml="$out/gpu_tests-$i.xml" >"$out/gpu_tests-$i.log" 2>&1
     found=$?
     tail -n 15 "$out/gpu_tests-$i.log"
