@@ -129,25 +129,29 @@ def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128)
     """
     old, wide = 0 < capability < 90, padded >= 256
     if schedule == "step":
-        rows = max(16, min(32 if old else 64, 8192 // padded))
+        rows = max(16, min(32, 4096 // padded) if old else min(64, 8192 // padded))
         warps = 8 if old or rows * padded >= 4096 else 4
-        return Config(schedule, rows, depth=64 if capability >= 100 else 32, warps=warps, stages=2)
+        depth = 16 if wide else 64 if capability >= 100 else 32
+        return Config(schedule, rows, depth=depth, warps=warps, stages=2)
     depth, stages = 16 if wide else 32, 1 if adjoint and (old or wide) else 2
     return Config(schedule, rows=16, depth=depth, warps=8, stages=stages)
 
 
-def shipped_schedules(adjoint: bool, capability: int) -> tuple[str, ...]:
-    """Schedules that `kernels.cost.default_config` chooses from.
+def shipped_schedules(adjoint: bool, capability: int, padded: int) -> tuple[str, ...]:
+    """Schedules that `kernels.cost.default_config` chooses from; arguments as of `shipped`.
 
-    An adjoint below capability 90 is not cooperative: there the modalities' spills at width 500.
+    An adjoint below capability 90 is not cooperative: there the modalities' spills at width 500,
+    and in schedule row at 768.
     """
-    return ("row", "step") if adjoint and 0 < capability < 90 else SCHEDULES
+    if adjoint and 0 < capability < 90:
+        return ("step",) if padded >= 256 else ("row", "step")
+    return SCHEDULES
 
 
 GRADIENTS = Config(warps=4, stages=2)
 GRADIENT_TILES = {"BO": 64, "BI": 64, "BR": 32, "BV": 128}
 """Of the parameters' gradients; a width below 64 is one tile."""
 
-INJECTION = Config(warps=4)
+INJECTION = Config(warps=8)
 INJECTION_TILES = {"BM": 16, "BD": 128}
 """Rows and channels of what a solve starts from, `kernels.injection`."""

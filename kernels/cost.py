@@ -199,7 +199,7 @@ def default_config(
     like = DEVICES["mi300x" if capability == 0 else "a100" if capability < 90 else "h200"]
     device = replace(like, multiprocessors=processors)
     costs: dict[Config, float] = {}
-    for schedule in shipped_schedules(adjoint, capability):
+    for schedule in shipped_schedules(adjoint, capability, layout.padded):
         config = shipped(schedule, **known)
         p = predict(
             "modality", rows, layout.dim, blocks, device, config, groups=layout.groups,

@@ -6,10 +6,10 @@ best iterate, three times at most; PATIENCE steps without a better one end it ST
 codes and constants are those of `deqfusion.reference.iterate`; rows that ended are frozen.
 
 Precision ladder: a program begins with cheap products. A row then waits, frozen, as soon as its
-residual is within REACH of the tolerance, has not fallen by a tenth for STALL steps, is not finite,
-or the next step is its last. When no row is left to iterate, all that wait go on with exact
-products, their history and their best iterate forgotten, and only these steps end rows. No row's
-steps depend on another's.
+residual is within REACH of the tolerance or below FLOOR (2^-8, what bfloat16 resolves), has not
+fallen by a tenth for STALL steps, is not finite, or the next step is its last. When no row is left
+to iterate, all that wait go on with exact products, their history and their best iterate forgotten,
+and only these steps end rows. No row's steps depend on another's.
 
 A truncated solve (phantom gradients) takes `max_steps` plain damped steps and returns the last
 iterate; it has M = 1, whose one dot is <f, g>.
@@ -33,6 +33,7 @@ RISE = tl.constexpr(10.0)
 MAX_RESTARTS = tl.constexpr(3)
 REACH = tl.constexpr(2.5)
 STALL = tl.constexpr(2)
+FLOOR = tl.constexpr(0.00390625)
 CONVERGED = tl.constexpr(0)
 AT_MAX_STEPS = tl.constexpr(1)
 STAGNATED = tl.constexpr(2)
@@ -135,7 +136,7 @@ def judge_cheap(
     improved = running & finite & (relative < best)
     improved_at = tl.where(improved & (relative < 0.9 * best), step, improved_at)
     best = tl.where(improved, relative, best)
-    reached = gn <= (atol + rtol * fn) * REACH
+    reached = gn <= tl.maximum((atol + rtol * fn) * REACH, fn * FLOOR)
     stalled = step - improved_at >= STALL
     waiting = running & (reached | stalled | (finite == 0) | last)
     lost = running & (waiting == 0) & (relative > best * RISE) & (restarts < MAX_RESTARTS)

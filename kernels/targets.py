@@ -219,11 +219,11 @@ def programs(target: str, dims: Sequence[int] = DIMS) -> list[Program]:
                 ("modality adjoint", {**modality, "TRUNCATED": False}),
                 ("fusion adjoint", {**fusion, "TRUNCATED": False}),
             ):
-                if schedule not in shipped_schedules("adjoint" in kernel, capability):
+                adjoint = "adjoint" in kernel
+                if schedule not in shipped_schedules(adjoint, capability, layout.padded):
                     continue
                 config = shipped(
-                    schedule, adjoint="adjoint" in kernel, capability=capability,
-                    padded=layout.padded,
+                    schedule, adjoint=adjoint, capability=capability, padded=layout.padded,
                 )  # fmt: skip
                 tiles = {
                     "BM": config.rows, "BK": min(config.depth, layout.padded),
@@ -371,10 +371,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dim", action="append", type=int, help=f"width, repeatable; default: {DIMS}"
     )
     options = parser.parse_args(arguments)
-    os.environ.pop("TRITON_INTERPRET", None)
     failed = False
-    for target in options.target or TARGETS:
-        for program in programs(target, options.dim or DIMS):
+    try:
+        found = {t: programs(t, options.dim or DIMS) for t in options.target or TARGETS}
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    os.environ.pop("TRITON_INTERPRET", None)
+    for target, shipped_programs in found.items():
+        for program in shipped_programs:
             report = compiled(program, target)
             print(report, flush=True)
             for fault in report.faults():

@@ -71,6 +71,30 @@ def test_groups_that_are_programs_of_their_own():
     same(compare(problem, TIGHT, Config("cooperative", depth=16)), compare(problem, TIGHT, CONFIG))
 
 
+def test_programs_that_would_wait_for_one_another_are_not_interpreted():
+    problem = Problem.new()
+    with pytest.raises(ValueError, match=r"cooperative with 2 groups .* expected row or step"):
+        problem.programs(TIGHT, (problem.features, problem.injection), Config("cooperative"))
+
+
+def test_too_many_programs_for_the_device_run_in_schedule_row(monkeypatch):
+    """The rule by which schedule cooperative falls back, with a device that holds none."""
+    run, seen = launch.Plan.run, []
+
+    def full(self, *arguments):
+        seen.append(self.config.schedule)
+        if self.cooperative:
+            raise launch.NotResident("4 programs, the device holds 0 at once")
+        return run(self, *arguments)
+
+    monkeypatch.setattr(launch.Plan, "run", full)
+    problem = Problem.new(12, num_groups=1)
+    states = problem.features, problem.injection
+    got = problem.programs(FEW, states, Config("cooperative", depth=16))
+    assert seen == ["cooperative", "row"] * 4
+    same(got, problem.programs(FEW, states, CONFIG))
+
+
 STEP = Config("step", depth=16)
 
 
@@ -233,6 +257,22 @@ def test_low_precision(change):
         assert (got[name][-1].status == Status.CONVERGED).all()
         error = (got[name][0] - expected[name][0]).norm()
         assert error <= 8 * rtol * expected[name][0].norm()
+
+
+def test_the_ladder_takes_few_steps_more_than_exact_products():
+    """Its history is forgotten where the products change (bench/NOTES.md has what that costs)."""
+    problem = Problem.new(64, 1, 16, num_groups=4)
+    for rtol in (1e-3, 1e-4):
+        exact, climbed = (
+            solves.solve_modality(
+                problem.features, problem.modality, 4, False, SolveOptions(rtol=rtol, ladder=ladder)
+            )
+            for ladder in (False, True)
+        )
+        assert torch.equal(climbed.status, exact.status)
+        more = (climbed.steps - exact.steps).float()
+        assert more.mean() <= 3
+        assert more.max() <= 6, more
 
 
 def test_rows_do_not_see_each_other():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from deqfusion.kernels.targets import TARGETS, Report
+from deqfusion.kernels.targets import TARGETS, Report, main
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -45,3 +45,8 @@ def test_faults(stack, shared, products, fault):
     assert fault in found
     assert not Report("program", "sm_90", 100, 0, 0, {"HMMA": 1}).faults()
     assert Report("program", "sm_90", 100, 0, 0, {"HMMA": 1}, whole_tile=True).faults()
+
+
+def test_a_width_that_groups_do_not_divide(capsys):
+    assert main(["--dim", "30"]) == 2
+    assert "groups: got 4 for dim 30, expected a divisor of it" in capsys.readouterr().err
