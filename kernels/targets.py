@@ -192,7 +192,7 @@ def phases() -> dict[str, tuple[int, int, int]]:
     }
 
 
-DIMS = (128, 500)
+DIMS = (128, 500, 768)
 
 
 def programs(target: str, dims: Sequence[int] = DIMS) -> list[Program]:

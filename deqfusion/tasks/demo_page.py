@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import platform
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,7 @@ from ..plots import (
     timing_bars,
     to_base64,
 )
-
-if TYPE_CHECKING:
-    from .demo import Comparison
+from .comparison import Comparison
 
 Timings = Sequence[Mapping[str, Any]]
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from deqfusion.cli import main
-from deqfusion.tasks.demo import Comparison, DemoOptions, compare
+from deqfusion.tasks.comparison import Comparison, DemoOptions
+from deqfusion.tasks.demo import compare
 from deqfusion.tasks.demo_page import page, table, verdict
 
 _OPTIONS = DemoOptions(
