@@ -1,20 +1,39 @@
-"""This library: as it comes, and with single optimisations switched off for attribution."""
+"""This library as it comes, and on its reference implementation."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from deqfusion import Anderson, DEQFusion, Implicit
+from deqfusion import Anderson, DEQFusion, Implicit, ops
 from deqfusion.reference import adjoint as adjoints
+from deqfusion.reference.solve import LADDER_WIDTH, bfloat16_instructions
 
 from ..problem import NUM_GROUPS, Problem
-from .base import Answer, Contender
+from .base import Answer, Contender, Penalty, seed_probe
 from .registry import register
 from .textbook import gradient_of
+
+
+@contextmanager
+def backend(name: str, precision: str = "highest") -> Iterator[None]:
+    """Sets `DEQFUSION_BACKEND` and the precision of fp32 products for a while."""
+    before = os.environ.get("DEQFUSION_BACKEND"), torch.get_float32_matmul_precision()
+    os.environ["DEQFUSION_BACKEND"] = name
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        os.environ.pop("DEQFUSION_BACKEND")
+        if before[0] is not None:
+            os.environ["DEQFUSION_BACKEND"] = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 @register
@@ -30,6 +49,16 @@ class Ours(Contender):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.features = problem.features.clone().requires_grad_(True)
+        operator = "joint_equilibrium" if self.module_options.get("joint") else "fusion_equilibrium"
+        with self.context():
+            self.programs = ops.implementation(self.features.device.type, operator) == "triton"
+
+    @property
+    def rate(self) -> str:
+        # The ladder's first products are in bfloat16, where it may be on.
+        wide = self.problem.shape.dim >= LADDER_WIDTH
+        fast = self.programs or bfloat16_instructions() is not None
+        return "bf16" if wide and fast and self.solver_options.get("ladder") != "off" else "fp32"
 
     def set_tolerances(self, tol: float, adjoint_tol: float) -> None:
         super().set_tolerances(tol, adjoint_tol)
@@ -44,31 +73,46 @@ class Ours(Contender):
         ).to(self.features.device)
         self.module.load_state_dict(self.problem.parameters)
 
+    def release(self) -> None:
+        self.module.zero_grad(set_to_none=True)
+        self.features.grad = None
+
     def forward(self) -> Answer:
         with torch.no_grad():
             equilibrium = self.module.equilibrium(self.features)
         return Answer(equilibrium.state, _steps(equilibrium.stats))
 
-    def forward_backward(self) -> Answer:
-        self.module.zero_grad(set_to_none=True)
-        self.features.grad = None
+    def forward_backward(self, penalty: bool = False) -> Answer:
+        self.release()
         equilibrium = self.module.equilibrium(self.features)
-        (equilibrium.fused * self.problem.cotangent).sum().backward()
-        state, steps = equilibrium.state.detach(), _steps(equilibrium.stats)
+        loss, found = (equilibrium.fused * self.problem.cotangent).sum(), None
+        if penalty:
+            seed_probe()
+            value = self.module.jacobian_penalty(equilibrium, self.features)
+            loss = loss + self.problem.penalty_weight * value
+            found = Penalty(value.detach(), equilibrium.state.detach(), self._probe, False)
+        loss.backward()
+        state, solves = equilibrium.state.detach(), _steps(equilibrium.stats)
         return Answer(
             state=state,
-            steps=steps,
+            solves=solves,
             linearised_at=state,
             split=True,
-            adjoint=lambda: self._adjoint(steps),
+            adjoint=None if self.programs else lambda: self._adjoint(solves),
             gradients=self._gradients,
+            penalty=found,
         )
 
     def _gradients(self) -> dict[str, Tensor]:
         named = {name: gradient_of(value) for name, value in self.module.named_parameters()}
         return {"features": gradient_of(self.features), **named}
 
-    def _adjoint(self, steps: dict[str, int]) -> Tensor:
+    def _probe(self) -> Tensor:
+        seed_probe()
+        count, rows, dim = self.features.shape
+        return torch.randn(count + 1, rows, dim, device=self.features.device)
+
+    def _adjoint(self, solves: dict[str, Tensor]) -> Tensor:
         """Runs again, and keeps the adjoints that the operators do not return, and their steps."""
         found: dict[str, Any] = {}
 
@@ -85,40 +129,23 @@ class Ours(Contender):
         with recording("modality"), recording("fusion"):
             self.forward_backward()
         for block, (_, outcome) in found.items():
-            steps[f"adjoint {block}"] = int(outcome.steps.max())
+            solves[f"adjoint {block}"] = outcome.steps
         # Of the joint map, a modality's adjoint excludes what reaches it through the fusion step.
         incoming, modality = found["modality"]
         return torch.cat([modality.state - incoming, found["fusion"][1].state])
 
 
-def _steps(stats: Any) -> dict[str, int]:
-    """Steps of the slowest row in the modality blocks and in the fusion block."""
-    return {"modality": int(stats.steps[:-1].max()), "fusion": int(stats.steps[-1].max())}
+def _steps(stats: Any) -> dict[str, Tensor]:
+    """Steps of every row in the modality blocks and in the fusion block; nothing is waited for."""
+    return {"modality": stats.steps[:-1], "fusion": stats.steps[-1]}
 
 
 @register
-class OursNoLadder(Ours):
-    """All products in the features' own precision."""
+class OursReference(Ours):
+    """The implementation in PyTorch, on any device."""
 
-    name = "ours_noladder"
-    summary = "ours without the precision ladder"
-    solver_options: ClassVar[dict[str, Any]] = {"ladder": "off"}
-    adjoint_options: ClassVar[dict[str, Any]] = {"ladder": "off"}
+    name = "ours_reference"
+    summary = "ours in PyTorch operations (DEQFUSION_BACKEND=reference), on any device"
 
-
-@register
-class OursAbsoluteRidge(Ours):
-    """The textbook's ridge in the backward solve."""
-
-    name = "ours_absolute_ridge"
-    summary = "ours with an absolute ridge of 1e-4 in the backward solve"
-    adjoint_options: ClassVar[dict[str, Any]] = {"ridge": 1e-4, "ridge_mode": "absolute"}
-
-
-@register
-class OursJoint(Ours):
-    """The whole state of a row as one problem."""
-
-    name = "ours_joint"
-    summary = "ours without the block-triangular split"
-    module_options: ClassVar[dict[str, Any]] = {"joint": True}
+    def context(self) -> AbstractContextManager[object]:
+        return backend("reference", torch.get_float32_matmul_precision())
