@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     suite = suites.get(arguments.suite, **_changes(arguments))
     if arguments.list:
-        print(report.listing(runner.device_of(suite)))
+        print(report.listing(runner.device_of(suites.get("quick"))))
         return 0
     if arguments.predict is not None:
         from deqfusion.kernels import cost

@@ -1,8 +1,8 @@
 """Runs a suite: verification at equal residual, interleaved timing, and what else a run takes.
 
 Correctness comes first: what a contender answers is held against fp64 in this run
-(`deqfusion.bench.trial`), and one that misses the target has no time. The answer of the last timed
-run is verified again. Memory and launches are taken from runs of their own, outside of the timing.
+(`deqfusion.bench.trial`), and one that misses the target has no time. After the timing every one
+runs once more and is verified again. Memory and launches are taken from runs of their own as well.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from . import contenders, environment, fits, floor, peaks, resources, timing, work
-from .contenders import Answer
 from .limits import Limit
 from .problem import Problem, Shape
 from .results import FORMAT
@@ -68,6 +67,7 @@ class Setting:
         gpu: its name, or None.
         limit: who would take too long.
         progress: called with a line on what is happening.
+        place: of the case among all.
     """
 
     suite: Suite
@@ -75,7 +75,8 @@ class Setting:
     threads: int
     gpu: str | None
     limit: Limit
-    progress: Callable[[str], object] = field(default=lambda message: None)
+    progress: Callable[[str], object]
+    place: str = ""
 
 
 def run_case(case: Case, setting: Setting) -> list[Record]:
@@ -120,47 +121,40 @@ def run_case(case: Case, setting: Setting) -> list[Record]:
 
 def _where(case: Case, setting: Setting) -> str:
     target = f" to {case.target:g}" if case.target else ""
-    return f"{case.shape}{target} {setting.threads}t"
+    return f"{setting.place}: {case.shape}{target} {setting.threads}t"
 
 
 def _time(trials: list[Trial], mode: str, case: Case, setting: Setting) -> dict[str, Record]:
-    """Times the trials that passed, and verifies the answers they ended with once more."""
+    """Times the trials that passed, and verifies what they answer after it once more."""
     stopwatch = timing.Stopwatch(setting.device)
-    skipped: dict[str, str] = {}
-    last: dict[str, Answer] = {}
-
-    def keeping(trial: Trial) -> Callable[[], None]:
-        function = trial.contender.function(mode)
-
-        def run() -> None:
-            last[trial.name] = function()
-
-        return run
-
     passed = {trial.name: trial for trial in trials if trial.status == "ok"}
-    functions = {name: keeping(trial) for name, trial in passed.items()}
+    skipped: dict[str, str] = {}
+    extra: dict[str, dict[str, Any]] = {}
     for name, trial in passed.items():
-        with trial.contender.context():
-            seconds = setting.limit.once(functions[name], stopwatch)
-        if reason := setting.limit.note(name, case, seconds):
-            skipped[name] = reason
-            del functions[name]
-    extra = {}
-    for name in functions:
-        contender = passed[name].contender
-        # Gradients that a run before left would be released in this one.
-        contender.release()
-        with contender.context():
-            extra[name] = resources.measure(contender.function(mode), setting.device)
-    contexts = {name: passed[name].contender.context for name in functions}
+        contender = trial.contender
+        function = contender.function(mode)
+        with trial.guard(), contender.context():
+            seconds = setting.limit.once(function, stopwatch)
+            if reason := setting.limit.note(name, case, seconds):
+                skipped[name] = reason
+                continue
+            # Gradients that a run before left would be released in this one.
+            contender.release()
+            extra[name] = resources.measure(function, setting.device)
+    timed = {name: passed[name].contender for name in extra}
     wall, on_device = timing.interleaved(
-        functions, setting.suite.rounds, contexts=contexts, stopwatch=stopwatch
+        {name: contender.function(mode) for name, contender in timed.items()},
+        setting.suite.rounds,
+        contexts={name: contender.context for name, contender in timed.items()},
+        stopwatch=stopwatch,
     )
-    for name in functions:
+    for name, contender in timed.items():
         trial = passed[name]
-        if not trial.verify(mode, last[name]):
-            trial.missed(mode)
-    times = {name: wall[name] for name in functions if passed[name].status == "ok"}
+        with trial.guard():
+            # Of one more run: a compiler's graph writes over what it returned when another runs.
+            if not trial.verify(mode, contender.run(mode)):
+                trial.missed(mode)
+    times = {name: wall[name] for name in timed if passed[name].status == "ok"}
     entries = {}
     for trial in trials:
         if trial.name in skipped:
@@ -260,7 +254,8 @@ def run(
             before = result["peaks"][str(thread_count)] = peaks.measure(device)
             limit = Limit(suite.limit if device.type == "cpu" else None, suite.rounds)
             setting = Setting(suite, device, thread_count, gpu, limit, progress)
-            for case in suite.cases:
+            for index, case in enumerate(suite.cases, 1):
+                setting.place = f"{index} of {len(suite.cases)}"
                 result["cases"] += run_case(case, setting)
                 result["fits"] = fits.of_cases(result["cases"])
                 save(result)

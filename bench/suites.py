@@ -215,6 +215,7 @@ SUITES = {
             cases(*GPU_SHAPES),
             (
                 "textbook",
+                "textbook_high",
                 "textbook_compiled",
                 "textbook_reduce_overhead",
                 "textbook_cudagraph",

@@ -9,7 +9,8 @@ One whose steps do not suffice is failed and gets no time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -112,16 +113,12 @@ class Trial:
         if unavailable is not None:
             self.status, self.reason = "unavailable", unavailable
             return
-        # A program that a device cannot run, or memory that it does not have, is this contender's
-        # failure, and no reason to lose what the others take.
-        try:
+        with self.guard():
             self.contender = kind(problem)
             # The forward tolerance is found forward, also where only backwards are timed.
             for mode in dict.fromkeys((FORWARD, *modes)):
                 if self.status == "ok":
                     self._tighten(mode)
-        except RuntimeError as error:
-            self.fail(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
     def verify(self, mode: str, answer: Answer) -> bool:
         """Checks an answer in fp64 and records the outcome; False where it misses the target."""
@@ -143,6 +140,15 @@ class Trial:
     def fail(self, reason: str) -> None:
         """Takes the contender out of the comparison."""
         self.status, self.reason = "failed", reason
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """What raises fails this contender: a program that a device cannot run, or memory that it
+        does not have, is no reason to lose what the others take."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.fail(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
     def _miss(self, mode: str) -> float:
         """The worst figure of the last verification over what is allowed for it."""

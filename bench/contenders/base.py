@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -153,6 +153,17 @@ class Contender(abc.ABC):
         Args:
             penalty: adds `Problem.penalty_weight` times the Jacobian penalty to the loss.
         """
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Sets the precision of fp32 products for a while, as torch names it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def seed_probe() -> None:

@@ -16,7 +16,7 @@ from deqfusion.reference import adjoint as adjoints
 from deqfusion.reference.solve import LADDER_WIDTH, bfloat16_instructions
 
 from ..problem import NUM_GROUPS, Problem
-from .base import Answer, Contender, Penalty, seed_probe
+from .base import Answer, Contender, Penalty, products, seed_probe
 from .registry import register
 from .textbook import gradient_of
 
@@ -24,16 +24,15 @@ from .textbook import gradient_of
 @contextmanager
 def backend(name: str, precision: str = "highest") -> Iterator[None]:
     """Sets `DEQFUSION_BACKEND` and the precision of fp32 products for a while."""
-    before = os.environ.get("DEQFUSION_BACKEND"), torch.get_float32_matmul_precision()
+    before = os.environ.get("DEQFUSION_BACKEND")
     os.environ["DEQFUSION_BACKEND"] = name
-    torch.set_float32_matmul_precision(precision)
     try:
-        yield
+        with products(precision):
+            yield
     finally:
         os.environ.pop("DEQFUSION_BACKEND")
-        if before[0] is not None:
-            os.environ["DEQFUSION_BACKEND"] = before[0]
-        torch.set_float32_matmul_precision(before[1])
+        if before is not None:
+            os.environ["DEQFUSION_BACKEND"] = before
 
 
 @register
@@ -126,7 +125,7 @@ class Ours(Contender):
 
             return mock.patch.object(adjoints, f"adjoint_{block}", run)
 
-        with recording("modality"), recording("fusion"):
+        with self.context(), recording("modality"), recording("fusion"):
             self.forward_backward()
         for block, (_, outcome) in found.items():
             solves[f"adjoint {block}"] = outcome.steps

@@ -120,8 +120,7 @@ def test_where_contenders_can_run(device: str) -> None:
         name: kind.unavailable(torch.device(device))
         for name, kind in contenders.contenders().items()
     }
-    graphs = {"textbook_cudagraph", "textbook_reduce_overhead"}
-    for name in graphs:
+    for name in ("textbook_cudagraph", "textbook_reduce_overhead", "textbook_high"):
         assert (reasons[name] is None) == (device == "cuda")
     assert "wait for one another" in str(reasons["ours_cooperative"]) or device == "cuda"
     assert reasons["ours"] is reasons["ours_reference"] is None
