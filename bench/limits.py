@@ -1,8 +1,8 @@
-"""Who would take too long: known before a case runs, from the nearest one that did.
+"""Who would take too long: known before a case runs, from the nearest smaller ones that did.
 
-Time grows at most with the operations of a step, B d^2 (3 N + 1), so that a case that is k times
-the size of the nearest smaller one takes at most k times as long. What is refused is reported as
-skipped, with the estimate and where it comes from.
+Time is taken to grow in a line with the operations of a step, B d^2 (3 N + 1), through the two
+nearest smaller sizes: what is the same at every size is not scaled. With fewer than two nothing is
+refused. What is refused is reported as skipped, with the estimate and where it comes from.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Limit:
 
     def __init__(self, seconds: float | None, rounds: int) -> None:
         self.seconds, self.rounds = seconds, rounds
-        self._known: dict[str, list[tuple[float, float, Case]]] = {}
+        self._known: dict[str, dict[float, tuple[float, Case]]] = {}
 
     def once(self, function: Callable[[], object], stopwatch: Stopwatch) -> float | None:
         """Seconds of one run, which has run before; None without a limit."""
@@ -39,7 +39,9 @@ class Limit:
         """Keeps what a run took; says why its samples would be too many, or None."""
         if self.seconds is None or seconds is None:
             return None
-        self._known.setdefault(name, []).append((size(case), seconds, case))
+        known = self._known.setdefault(name, {})
+        # The dearest mode of a size decides.
+        known[size(case)] = max(known.get(size(case), (0.0, case)), (seconds, case), key=_seconds)
         if seconds * self.rounds <= self.seconds:
             return None
         return (
@@ -51,15 +53,20 @@ class Limit:
         """Why a case is not run at all, or None."""
         if self.seconds is None:
             return None
-        smaller = [known for known in self._known.get(name, []) if known[0] < size(case)]
-        if not smaller:
+        known = self._known.get(name, {})
+        smaller = sorted(at for at in known if at < size(case))
+        if len(smaller) < 2:
             return None
-        # The dearest run of the nearest size.
-        nearest, seconds, where = max(smaller, key=lambda known: known[:2])
-        expected = seconds * size(case) / nearest
+        (least, _), (most, nearest) = (known[at] for at in smaller[-2:])
+        slope = max(0.0, most - least) / (smaller[-1] - smaller[-2])
+        expected = most + slope * (size(case) - smaller[-1])
         if expected * self.rounds <= self.seconds:
             return None
         return (
-            f"{self.rounds} runs of some {expected:.0f} s ({seconds:.1f} s at {where.shape}) would "
+            f"{self.rounds} runs of some {expected:.1f} s ({most:.1f} s at {nearest.shape}) would "
             f"exceed the limit of {self.seconds:g} s per contender and mode"
         )
+
+
+def _seconds(known: tuple[float, Case]) -> float:
+    return known[0]

@@ -173,19 +173,23 @@ def test_a_sweep_varies_one_factor_at_a_time():
     assert (min(rows), max(rows)) == (1, 65536)
 
 
-def test_limits_go_by_the_nearest_smaller_case():
+def test_limits_go_by_the_two_nearest_smaller_cases():
     limit = limits.Limit(10.0, rounds=5)
-    small, large, huge = (suites.Case(Shape(rows, 64, 2)) for rows in (16, 1024, 4096))
-    assert limit.refuse("ours", huge) is None
-    assert limit.note("ours", small, 0.01) is None
-    # 64 times the size: 0.64 s a run at most.
-    assert limit.refuse("ours", large) is None
-    assert limit.note("ours", large, 0.1) is None
-    # By the nearest, not by the smallest, whose fixed costs would grow with it.
-    assert limit.refuse("ours", huge) is None
-    assert limit.note("ours", large, 1.0) is None
-    assert "5 runs of some 4 s (1.0 s at 1024,64,2)" in limit.refuse("ours", huge)
-    assert limit.refuse("textbook", huge) is None
-    assert "5 runs of 2.5 s would exceed the limit of 10 s" in limit.note("ours", large, 2.5)
+    one, two, four, many = (suites.Case(Shape(rows, 64, 2)) for rows in (1, 2, 4, 1000))
+    assert limit.note("ours", one, 1.0) is None
+    # One size does not say what grows with it.
+    assert limit.refuse("ours", many) is None
+    assert limit.note("ours", two, 1.001) is None
+    assert limit.note("ours", two, 0.5) is None
+    # 1.001 s, and 1 ms a row.
+    assert limit.refuse("ours", suites.Case(Shape(900, 64, 2))) is None
+    assert limit.refuse("ours", suites.Case(Shape(1000, 64, 2))) is None
+    said = limit.refuse("ours", suites.Case(Shape(2000, 64, 2)))
+    assert said.startswith("5 runs of some 3.0 s (1.0 s at 2,64,2) would exceed the limit of 10 s")
+    # The nearest ones count: 0.25 s a row from there on.
+    assert limit.note("ours", four, 1.501) is None
+    assert limit.refuse("ours", many) is not None
+    assert limit.refuse("textbook", many) is None
+    assert "5 runs of 2.5 s would exceed the limit of 10 s" in limit.note("ours", many, 2.5)
     free = limits.Limit(None, rounds=5)
-    assert free.note("ours", small, 1e9) is free.refuse("ours", huge) is None
+    assert free.note("ours", one, 1e9) is free.refuse("ours", many) is None

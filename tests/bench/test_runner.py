@@ -10,6 +10,7 @@ import torch
 
 from deqfusion.bench import (
     contenders,
+    limits,
     quick_comparison,
     report,
     resources,
@@ -260,17 +261,20 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not list(tmp_path.iterdir())
 
 
-def test_what_takes_too_long_is_skipped_with_the_reason() -> None:
-    shapes = Shape(4, 64, 1), Shape(400_000_000, 64, 1)
+def test_what_takes_too_long_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.Limit, "once", lambda self, function, stopwatch: next(seconds))
+    seconds = iter([1.0, 2.0, 50.0])
+    # A problem of the last size would not even fit into memory.
+    shapes = (Shape(4, 64, 1), Shape(8, 64, 1), Shape(12, 64, 1), Shape(400_000_000, 64, 1))
     suite = suites.Suite(
-        "test", suites.cases(*shapes), ("ours",), modes=("forward",), rounds=2, limit=3600.0,
+        "test", suites.cases(*shapes), ("ours",), modes=("forward",), rounds=2, limit=90.0,
         device="cpu",
     )  # fmt: skip
-    timed, skipped = (case["contenders"]["ours"] for case in runner.run(suite)["cases"])
-    assert timed["status"] == "ok"
-    # A problem of that size would not even fit into memory.
-    assert (skipped["status"], skipped["seconds"]) == ("skipped", None)
-    assert "at 4,64,1) would exceed the limit of 3600 s" in skipped["reason"]
+    entries = [case["contenders"]["ours"] for case in runner.run(suite)["cases"]]
+    assert [entry["status"] for entry in entries] == ["ok", "ok", "skipped", "skipped"]
+    assert [entry["seconds"] is None for entry in entries] == [False, False, True, True]
+    assert "2 runs of 50.0 s would exceed the limit of 90 s" in entries[2]["reason"]
+    assert "(50.0 s at 12,64,1) would exceed the limit of 90 s" in entries[3]["reason"]
 
 
 def test_a_contender_that_raises_is_failed(monkeypatch: pytest.MonkeyPatch) -> None:
