@@ -127,13 +127,13 @@ def _where(case: Case, setting: Setting) -> str:
 def _time(trials: list[Trial], mode: str, case: Case, setting: Setting) -> dict[str, Record]:
     """Times the trials that passed, and verifies what they answer after it once more."""
     stopwatch = timing.Stopwatch(setting.device)
-    passed = {trial.name: trial for trial in trials if trial.status == "ok"}
+    passed = {trial.name: trial for trial in trials if trial.status[mode] == "ok"}
     skipped: dict[str, str] = {}
     extra: dict[str, dict[str, Any]] = {}
     for name, trial in passed.items():
         contender = trial.contender
         function = contender.function(mode)
-        with trial.guard(), contender.context():
+        with trial.guard(mode), contender.context():
             seconds = setting.limit.once(function, stopwatch)
             if reason := setting.limit.note(name, case, seconds):
                 skipped[name] = reason
@@ -150,11 +150,11 @@ def _time(trials: list[Trial], mode: str, case: Case, setting: Setting) -> dict[
     )
     for name, contender in timed.items():
         trial = passed[name]
-        with trial.guard():
+        with trial.guard(mode):
             # Of one more run: a compiler's graph writes over what it returned when another runs.
             if not trial.verify(mode, contender.run(mode)):
                 trial.missed(mode)
-    times = {name: wall[name] for name in timed if passed[name].status == "ok"}
+    times = {name: wall[name] for name in timed if passed[name].status[mode] == "ok"}
     entries = {}
     for trial in trials:
         if trial.name in skipped:
@@ -175,8 +175,8 @@ def _record(
     trial: Trial, mode: str, wall: dict[str, list[float]], on_device: dict[str, list[float]],
     extra: dict[str, dict[str, Any]], setting: Setting,
 ) -> Record:  # fmt: skip
-    found = _absent(trial.status, trial.reason)
-    if trial.status != "unavailable":
+    found = _absent(trial.status[mode], trial.reason[mode])
+    if found["status"] != "unavailable":
         found |= {"tolerances": dict(trial.tolerances), "verified": trial.found[mode] or None}
     if trial.name not in wall:
         return found

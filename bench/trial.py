@@ -90,8 +90,9 @@ class Trial:
         truth: shared by the trials of a problem; None: of its own.
 
     Attributes:
-        status: "ok", "failed" or "unavailable"; the runner adds "skipped".
-        reason: why it is not "ok"; empty if it is.
+        status: by mode, "ok", "failed" or "unavailable"; the runner adds "skipped". What fails
+            forward has failed in every mode, what fails backward may be right forward.
+        reason: by mode, why it is not "ok"; empty if it is.
         found: by mode, the verified residuals and the steps of the last verified answer.
         evaluations: by mode, of all rows and by solve.
     """
@@ -102,22 +103,25 @@ class Trial:
     ) -> None:  # fmt: skip
         self.name, self.problem, self.target, self.modes = name, problem, target, modes
         self.truth = Truth(problem, target) if truth is None else truth
-        self.status, self.reason = "ok", ""
-        self.found: dict[str, dict[str, Any]] = {mode: {} for mode in modes}
-        self.evaluations: dict[str, dict[str, int]] = {mode: {} for mode in modes}
+        self.status, self.reason = dict.fromkeys(modes, "ok"), dict.fromkeys(modes, "")
+        every = dict.fromkeys((FORWARD, *modes))
+        self.found: dict[str, dict[str, Any]] = {mode: {} for mode in every}
+        self.evaluations: dict[str, dict[str, int]] = {mode: {} for mode in every}
         self.tolerances = dict.fromkeys((FORWARD, BACKWARD), target)
         self._allowed = dict.fromkeys(("residual", "adjoint_residual"), target)
         self._allowed |= dict.fromkeys(("gradient_error", "penalty_error"), GRADIENT_SLACK * target)
         kind = contenders.get(name)
         unavailable = kind.unavailable(problem.features.device)
         if unavailable is not None:
-            self.status, self.reason = "unavailable", unavailable
+            self._mark("unavailable", unavailable)
             return
-        with self.guard():
+        with self.guard(FORWARD):
             self.contender = kind(problem)
             # The forward tolerance is found forward, also where only backwards are timed.
-            for mode in dict.fromkeys((FORWARD, *modes)):
-                if self.status == "ok":
+            self._tighten(FORWARD)
+        for mode in modes:
+            if mode != FORWARD and self.status[mode] == "ok":
+                with self.guard(mode):
                     self._tighten(mode)
 
     def verify(self, mode: str, answer: Answer) -> bool:
@@ -135,20 +139,29 @@ class Trial:
             f"{key} {value:.2e}" for key, value in self.found[mode].items() if key != "steps"
         )
         steps = ", ".join(f"{key} {count}" for key, count in self.found[mode]["steps"].items())
-        self.fail(f"{mode}: {figures} after {steps} steps, expected at most {self.target:.0e}")
+        self.fail(
+            mode, f"{mode}: {figures} after {steps} steps, expected at most {self.target:.0e}"
+        )
 
-    def fail(self, reason: str) -> None:
-        """Takes the contender out of the comparison."""
-        self.status, self.reason = "failed", reason
+    def fail(self, mode: str, reason: str) -> None:
+        """Takes the contender out of a mode's comparison; forward, of every mode's."""
+        if mode == FORWARD:
+            self._mark("failed", reason)
+        else:
+            self.status[mode], self.reason[mode] = "failed", reason
+
+    def _mark(self, status: str, reason: str) -> None:
+        self.status = dict.fromkeys(self.modes, status)
+        self.reason = dict.fromkeys(self.modes, reason)
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self, mode: str) -> Iterator[None]:
         """What raises fails this contender: a program that a device cannot run, or memory that it
         does not have, is no reason to lose what the others take."""
         try:
             yield
         except RuntimeError as error:
-            self.fail(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            self.fail(mode, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
     def _miss(self, mode: str) -> float:
         """The worst figure of the last verification over what is allowed for it."""

@@ -16,7 +16,7 @@ from deqfusion.reference import adjoint as adjoints
 from deqfusion.reference.solve import LADDER_WIDTH, bfloat16_instructions
 
 from ..problem import NUM_GROUPS, Problem
-from .base import Answer, Contender, Penalty, products, seed_probe
+from .base import MAX_STEPS, Answer, Contender, Penalty, products, seed_probe
 from .registry import register
 from .textbook import gradient_of
 
@@ -37,7 +37,7 @@ def backend(name: str, precision: str = "highest") -> Iterator[None]:
 
 @register
 class Ours(Contender):
-    """`DEQFusion` with its defaults, apart from the tolerances."""
+    """`DEQFusion` with its defaults, apart from the tolerances and the limit on steps."""
 
     name = "ours"
     summary = "deqfusion: split solve, relative ridge, precision ladder, compaction"
@@ -66,8 +66,10 @@ class Ours(Contender):
             shape.dim,
             shape.num_modalities,
             num_groups=NUM_GROUPS,
-            solver=Anderson(tol=tol, **self.solver_options),
-            adjoint=Implicit(solver=Anderson(tol=adjoint_tol, **self.adjoint_options)),
+            solver=Anderson(tol=tol, max_steps=MAX_STEPS, **self.solver_options),
+            adjoint=Implicit(
+                solver=Anderson(tol=adjoint_tol, max_steps=MAX_STEPS, **self.adjoint_options)
+            ),
             **self.module_options,
         ).to(self.features.device)
         self.module.load_state_dict(self.problem.parameters)

@@ -86,7 +86,7 @@ def test_penalty_is_verified_in_fp64(name: str, problem: Problem) -> None:
     build(name, problem)
     modes = (contenders.BACKWARD, contenders.PENALTY)
     trial = Trial(name, problem, 1e-3, modes)
-    assert trial.status == "ok", trial.reason
+    assert set(trial.status.values()) == {"ok"}, trial.reason
     assert trial.found[contenders.PENALTY]["penalty_error"] < 1e-4
     plain = trial.contender.run(contenders.BACKWARD).gradients()
     before = {key: value.clone() for key, value in plain.items()}
@@ -108,7 +108,7 @@ def test_hand_captured_loops_without_a_capture(
         Trial(name, problem, 1e-3, (contenders.FORWARD, contenders.BACKWARD, contenders.PENALTY))
         for name in ("textbook", "textbook_cudagraph")
     )
-    assert (graphed.status, graphed.reason) == ("ok", "")
+    assert set(graphed.status.values()) == {"ok"}, graphed.reason
     for mode, found in eager.found.items():
         assert graphed.found[mode]["steps"] == found["steps"]
         assert graphed.found[mode]["residual"] == pytest.approx(found["residual"], rel=0.05)

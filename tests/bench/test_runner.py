@@ -293,3 +293,20 @@ def test_a_contender_that_raises_is_failed(monkeypatch: pytest.MonkeyPatch) -> N
         assert broken["reason"] == "RuntimeError: out of something"
         assert broken["seconds"] is None
         assert ours["status"] == "ok"
+
+
+def test_what_fails_backward_keeps_its_forward_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Halved(Textbook):
+        name = "halved"
+
+        def gradients(self) -> dict[str, torch.Tensor]:
+            return {name: value / 2 for name, value in super().gradients().items()}
+
+    contenders.contenders()
+    monkeypatch.setitem(registry._REGISTRY, "halved", Halved)
+    suite = suites.Suite("test", suites.cases(SHAPE), ("halved", "ours"), rounds=1, device="cpu")
+    forward, backward = (case["contenders"]["halved"] for case in runner.run(suite)["cases"])
+    assert forward["status"] == "ok"
+    assert forward["seconds"]["median"] > 0
+    assert (backward["status"], backward["seconds"]) == ("failed", None)
+    assert "gradient_error 5.00e-01" in backward["reason"]
