@@ -1,8 +1,10 @@
 """Timing equilibrium fusion against other implementations, at equal verified residual.
 
-`deqfusion bench` (the same as `python -m deqfusion.bench`) runs a suite; `python -m
-deqfusion.bench.profile` says where the time of a solve goes; `quick_comparison` is the short
-comparison from Python. `NOTES.md` beside this file has what was measured.
+`deqfusion bench` (the same as `python -m deqfusion.bench`) runs a suite, `deqfusion plot` draws a
+result again; `python -m deqfusion.bench.profile` says where the time of a solve goes, `python -m
+deqfusion.bench.comparison` draws the README's table; `quick_comparison` is the short comparison
+from Python. `hot_paths/` has cases for pytest-benchmark, `NOTES.md` what was measured. A contender
+is a file in `contenders/`, a suite an entry in `suites.py`.
 """
 
 from __future__ import annotations

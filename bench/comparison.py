@@ -8,13 +8,14 @@ Every figure is that of a file; with `--write` the text between the comparison m
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .runner import FORMAT, REFERENCE
+from .report import NOT_MEASURED
+from .results import read_json, write_text
+from .runner import REFERENCE
 from .suites import MODES
 
 BEGIN, END = "<!-- comparison:begin -->\n", "<!-- comparison:end -->\n"
@@ -31,13 +32,15 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         A sentence on what was measured, and the table.
 
     Raises:
-        ValueError: files of another format, of different machines, or without our time.
+        ValueError: results of different machines, or without our time.
     """
+
+    def cells_of(found: dict[tuple[int, str], list[str]], count: int, mode: str) -> list[str]:
+        return found.get((count, mode), [NOT_MEASURED] * (1 + len(OTHERS)))
+
     cells: dict[tuple[Any, ...], dict[tuple[int, str], list[str]]] = {}
     machines, counts = set(), set()
     for result in results:
-        if result.get("format") != FORMAT:
-            raise ValueError(f"format: got {result.get('format')!r}, expected {FORMAT}")
         machine = result["environment"]
         machines.add((machine["cpu"], machine["versions"]["torch"]))
         for case in result["cases"]:
@@ -60,7 +63,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         columns = [
             " / ".join(column)
             for mode in MODES
-            for column in zip(*(found[threads, mode] for threads in sorted(counts)), strict=True)
+            for column in zip(*(cells_of(found, n, mode) for n in sorted(counts)), strict=True)
         ]
         lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(columns)} |")
     return "\n".join(lines) + "\n"
@@ -68,12 +71,12 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 
 def _cells(contenders: dict[str, Any]) -> list[str]:
     """Milliseconds of ours, and the ratio of each of the others."""
-    ours = contenders[REFERENCE]
+    ours = contenders.get(REFERENCE, {"status": NOT_MEASURED})
     if ours["status"] != "ok":
         raise ValueError(f"{REFERENCE}: {ours['status']}, expected a time")
     cells = [f"{ours['seconds']['median'] * 1e3:.0f} ms"]
     for name in OTHERS:
-        entry = contenders.get(name, {"status": "not measured"})
+        entry = contenders.get(name, {"status": NOT_MEASURED})
         ok = entry["status"] == "ok"
         cells.append(f"{entry['ratio']['median']:.1f}" if ok else entry["status"])
     return cells
@@ -103,12 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="README", help="file to put the table into")
     options = parser.parse_args(arguments)
     try:
-        table = markdown([json.loads(path.read_text()) for path in options.files])
+        table = markdown([read_json(path) for path in options.files])
         if options.write is None:
             print(table, end="")
         else:
-            options.write.write_text(replace(options.write.read_text(), table))
-    except (OSError, ValueError, KeyError) as error:
+            text = options.write.read_text(encoding="utf-8")
+            write_text(replace(text, table), options.write)
+    except (OSError, ValueError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0

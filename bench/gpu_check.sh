@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go and under nine minutes: the tests marked so, memory and
 # race checks of small shapes, and the times of every schedule against PyTorch. Writes
-# gpu_tests-*.xml and gpu.json into the folder given (default bench/results). Needs torch, triton
-# and pytest beside this package; nothing is installed.
+# gpu_tests-*.xml and gpu.json into the folder given (default bench/results; `deqfusion plot` draws
+# the last). Needs torch, triton and pytest beside this package; nothing is installed.
 #
 #     bash bench/gpu_check.sh [FOLDER]
 #
@@ -38,7 +38,7 @@ for ((i = 0; i < workers; i++)); do
     [ $found -eq 0 ] || [ $found -eq 5 ]
   ) &
   pids+=($!)
-  timeout 210 "$python" -m deqfusion.bench.device --warm "$i/$workers" >/dev/null 2>&1 &
+  timeout 210 "$python" -m deqfusion.bench --suite gpu --warm "$i/$workers" >/dev/null 2>&1 &
 done
 for pid in "${pids[@]}"; do wait "$pid" || code=1; done
 wait
@@ -51,5 +51,5 @@ if command -v compute-sanitizer >/dev/null 2>&1; then
 else
   echo "compute-sanitizer is not installed: memory and race checks skipped" >&2
 fi
-timeout 220 "$python" -m deqfusion.bench.device --out "$out/gpu.json" || code=1
+timeout 220 "$python" -m deqfusion.bench --suite gpu --rounds 7 --no-pictures --out "$out" || code=1
 exit "$code"

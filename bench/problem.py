@@ -218,6 +218,11 @@ class Problem:
         """The joint map in fp64, for verification."""
         return TextbookCell(self.parameters).double().requires_grad_(False)
 
+    @property
+    def penalty_weight(self) -> float:
+        """Of the Jacobian penalty in the loss: the mean over a row's entries, as the loss sums."""
+        return float(self.shape.batch) if self.loss == "sum" else 1.0
+
     def to(self, device: torch.device | str) -> Problem:
         """The same problem with its tensors on a device."""
         moved = copy.copy(self)

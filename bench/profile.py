@@ -89,7 +89,7 @@ def measure(contender: Contender, mode: str, runs: int = 5) -> Profile:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if runs < 1:
         raise ValueError(f"runs must be at least 1, got {runs}")
-    function = getattr(contender, mode)
+    function = contender.function(mode)
     function()
     begin = time.perf_counter()
     for _ in range(runs):

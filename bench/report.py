@@ -1,19 +1,27 @@
-"""What a run leaves: table, JSON and picture."""
+"""What a run says in the terminal: a line of progress, the list of what there is, and the table."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from . import contenders, runner, suites
+import torch
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
-MODE_TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
+from . import contenders, results, runner, suites
+from .work import shares
+
+MODE_TITLES = {
+    "forward": "forward",
+    "forward_backward": "forward + backward",
+    "forward_backward_penalty": "forward + backward, Jacobian penalty",
+}
+FACTOR_TITLES = {
+    "batch": "batch",
+    "dim": "width",
+    "num_modalities": "modalities",
+    "steps": "steps",
+}
+NOT_MEASURED = "not measured"
 
 
 class Progress:
@@ -44,52 +52,51 @@ class Progress:
             self.stream.flush()
 
 
-def listing() -> str:
-    """Suites and contenders, with why a contender cannot run here."""
+def listing(device: torch.device) -> str:
+    """Suites and contenders, with why a contender cannot run on a device."""
     lines = ["suites"]
     for suite in suites.SUITES.values():
-        shapes = " ".join(str(shape) for shape in suite.shapes)
-        lines.append(f"  {suite.name}: {shapes}; {', '.join(suite.contenders)}")
+        shapes = " ".join(dict.fromkeys(str(case.shape) for case in suite.cases))
+        lines.append(f"  {suite.name}: {suite.summary}")
+        lines.append(f"    {shapes}; {', '.join(runner.names_of(suite, device))}")
     lines.append("contenders")
     for name, kind in contenders.contenders().items():
-        reason = kind.unavailable()
+        reason = kind.unavailable(device)
         lines.append(f"  {name}: {kind.summary}" + (f" [not here: {reason}]" if reason else ""))
     return "\n".join(lines)
+
+
+def title(case: dict[str, Any]) -> str:
+    """A case in words."""
+    batch, dim, num_modalities = case["shape"]
+    label = f" ({case['label']})" if case.get("label") else ""
+    target = f" to {case['target']:g}" if "steps" in case.get("factors", ()) else ""
+    return (
+        f"B={batch} d={dim} N={num_modalities}{label}{target}, {case['threads']} thread"
+        f"{'s' if case['threads'] > 1 else ''}, {MODE_TITLES.get(case['mode'], case['mode'])}"
+    )
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as aligned text.
 
     Args:
-        result: of `runner.run`.
+        result: of `runner.run`, or read from a file.
 
     Returns:
         One line per case and contender; a contender that failed has its reason and no time.
     """
-    env = result["environment"]
+    suite = result["suite"]
     lines = [
-        f"{env['cpu']}, {env['cores']} cores, torch {env['versions']['torch']}, {env['date']}",
-        f"every row and block at a relative residual of at most {result['suite']['target']:.0e}, "
-        f"verified in fp64; loss {result['suite']['loss']}; {result['suite']['rounds']} rounds; "
-        f"ratio: time over that of {result['reference']}, median and 20th to 80th percentile",
+        results.describe(result),
+        f"every row and block at a relative residual of at most {suite['target']:.0e} where no "
+        f"other is named, verified in fp64; loss {suite['loss']}; {suite['rounds']} rounds; ratio: "
+        f"time over that of {result['reference']}, median and 20th to 80th percentile",
+        *_peaks(result),
     ]
-    head = ("contender", "ms", "p20..p80", "ratio", "p20..p80", "residual", "adjoint", "steps")
     for case in result["cases"]:
-        rows = [head, *(_row(name, entry) for name, entry in case["contenders"].items())]
-        widths = [max(len(row[i]) for row in rows if len(row) > 2) for i in range(len(head))]
-        batch, dim, num_modalities = case["shape"]
-        lines += [
-            "",
-            f"B={batch} d={dim} N={num_modalities}, {case['threads']} thread"
-            f"{'s' if case['threads'] > 1 else ''}, {MODE_TITLES[case['mode']]}",
-        ]
-        for row in rows:
-            if len(row) > 2:
-                cells = [row[0].ljust(widths[0])]
-                cells += [cell.rjust(w) for cell, w in zip(row[1:-1], widths[1:-1], strict=True)]
-                lines.append("  " + "  ".join([*cells, row[-1]]))
-            else:
-                lines.append(f"  {row[0].ljust(widths[0])}  {row[1]}")
+        peaks = result.get("peaks", {}).get(str(case["threads"]), {})
+        lines += ["", title(case), *_rows(case, peaks)]
         best = runner.best_baseline(case)
         if best is not None and case["contenders"][best]["ratio"] is not None:
             ratio = case["contenders"][best]["ratio"]
@@ -97,20 +104,69 @@ def table(result: dict[str, Any]) -> str:
                 f"  best of the others: {best}, {ratio['median']:.2f} times the time of "
                 f"{result['reference']} ({_spread(ratio, 1, 2)})"
             )
+    if result.get("fits"):
+        lines += ["", *_fits(result["fits"])]
     return "\n".join(lines)
 
 
-def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
+def _peaks(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for threads, found in result.get("peaks", {}).items():
+        rates = ", ".join(
+            f"{name} {v / 1e9:.0f} GFLOP/s" for name, v in found.items() if name != "copy"
+        )
+        lines.append(f"measured peaks, {threads}t: copy {found['copy'] / 1e9:.1f} GB/s, {rates}")
+    return lines
+
+
+COLUMNS = (
+    "contender", "ms", "p20..p80", "ratio", "p20..p80", "device ms", "MB", "launches", "GFLOP/s",
+    "of peak", "of copy", "of floor", "residual", "adjoint", "steps",
+)  # fmt: skip
+
+
+def _rows(case: dict[str, Any], peaks: dict[str, float]) -> list[str]:
+    """A case's lines: aligned columns, without those that nobody has a value for."""
+    rows = {name: _row(name, entry, peaks) for name, entry in case["contenders"].items()}
+    timed = [row for row in rows.values() if len(row) == len(COLUMNS)]
+    kept = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in timed)]
+    grid = [[COLUMNS[i] for i in kept], *([row[i] for i in kept] for row in timed)]
+    width = max(len(name) for name in (*rows, COLUMNS[0]))
+    widths = [width, *(max(len(line[k]) for line in grid) for k in range(1, len(kept)))]
+    lines = []
+    for row in (COLUMNS, *rows.values()):
+        if len(row) != len(COLUMNS):
+            lines.append(f"  {row[0].ljust(width)}  {row[1]}")
+        elif timed:
+            cells = [row[i] for i in kept]
+            middle = [cell.rjust(w) for cell, w in zip(cells[1:-1], widths[1:-1], strict=True)]
+            lines.append("  " + "  ".join([cells[0].ljust(width), *middle, cells[-1]]))
+    return lines
+
+
+def _row(name: str, entry: dict[str, Any], peaks: dict[str, float]) -> tuple[str, ...]:
     if entry["seconds"] is None:
         return name, f"{entry['status'].upper()}: {entry['reason']}"
     seconds, ratio, verified = entry["seconds"], entry["ratio"], entry["verified"]
+    on_device, memory, launches, work, floor = (
+        entry.get(key) for key in ("device_seconds", "memory", "launches", "work", "floor")
+    )
     adjoint = verified.get("adjoint_residual")
+    of_rate, of_copy = shares(work, peaks)
+    digits = 1 if seconds["median"] > 0.01 else 3
     return (
         name,
-        f"{seconds['median'] * 1e3:.1f}",
-        _spread(seconds, 1e3, 1),
+        f"{seconds['median'] * 1e3:.{digits}f}",
+        _spread(seconds, 1e3, digits),
         "" if ratio is None else f"{ratio['median']:.2f}",
         "" if ratio is None else _spread(ratio, 1, 2),
+        "" if on_device is None else f"{on_device['median'] * 1e3:.3f}",
+        "" if memory is None else f"{memory['bytes'] / 1e6:.1f}",
+        "" if launches is None else str(launches["host"]),
+        "" if work is None else f"{work['operations_per_second'] / 1e9:.0f}",
+        "" if work is None or of_rate is None else f"{of_rate:.0%} {work['rate']}",
+        "" if of_copy is None else f"{of_copy:.0%}",
+        "" if floor is None else f"{floor['fraction']:.0%}",
         f"{verified['residual']:.1e}",
         "" if adjoint is None else f"{adjoint:.1e}",
         " ".join(f"{block} {count}" for block, count in verified["steps"].items()),
@@ -121,100 +177,21 @@ def _spread(summary: dict[str, float], factor: float, digits: int) -> str:
     return f"{summary['p20'] * factor:.{digits}f}..{summary['p80'] * factor:.{digits}f}"
 
 
-def write_json(result: dict[str, Any], path: Path) -> None:
-    """Writes the result so that the file is either the old or the new one, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(result, stream, indent=1)
-            stream.write("\n")
-        # mkstemp's files are private; a report is for everyone who may read the folder.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def picture(result: dict[str, Any], path: Path) -> None:
-    """Bars of how many times the reference's time the others take, with spread, as PNG.
-
-    Args:
-        result: of `runner.run`.
-        path: of the file; replaced if it exists.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = [mode for mode in suites.MODES if any(c["mode"] == mode for c in result["cases"])]
-    rows = sorted({case["threads"] for case in result["cases"]})
-    names = [n for n in result["suite"]["contenders"] if n != result["reference"]]
-    figure = Figure(figsize=(6.4 * len(columns), 0.6 + 3.4 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharey="row")
-    for i, thread_count in enumerate(rows):
-        for j, mode in enumerate(columns):
-            cases = [
-                case
-                for case in result["cases"]
-                if case["threads"] == thread_count and case["mode"] == mode
-            ]
-            _bars(grid[i][j], cases, names)
-            plural = "s" if thread_count > 1 else ""
-            grid[i][j].set_title(f"{MODE_TITLES[mode]}, {thread_count} thread{plural}")
-        grid[i][0].set_ylabel(f"time / time of {result['reference']}")
-    figure.legend(
-        *grid[0][0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-    )
-    env = result["environment"]
-    figure.suptitle(
-        f"{env['cpu']}, torch {env['versions']['torch']}, relative residual "
-        f"{result['suite']['target']:.0e} on every row",
-        fontsize="medium",
-    )
-    figure.savefig(path, dpi=120)
-
-
-def _bars(axes: Any, cases: list[dict[str, Any]], names: list[str]) -> None:
-    width = 0.8 / max(len(names), 1)
-    for index, name in enumerate(names):
-        offset = (index - (len(names) - 1) / 2) * width
-        colour = COLOURS[index % len(COLOURS)]
-        axes.bar([], [], color=colour, label=name)
-        for position, case in enumerate(cases):
-            entry = case["contenders"][name]
-            ratio = entry["ratio"]
-            if ratio is None:
-                mark = entry["status"] if entry["status"] != "ok" else "no reference"
-                axes.text(
-                    position + offset, 0.05, mark, rotation=90, ha="center", fontsize="x-small"
-                )
-                continue
-            median = ratio["median"]
-            axes.bar(
-                position + offset,
-                median,
-                width,
-                color=colour,
-                yerr=[[median - ratio["p20"]], [ratio["p80"] - median]],
-                error_kw={"elinewidth": 1, "capsize": 2},
-            )
-            axes.text(
-                position + offset,
-                ratio["p80"],
-                f"{median:.1f}",
-                ha="center",
-                va="bottom",
-                fontsize="x-small",
-            )
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(
-        range(len(cases)),
-        [f"B={c['shape'][0]}\nd={c['shape'][1]} N={c['shape'][2]}" for c in cases],
-    )
-    axes.spines[["top", "right"]].set_visible(False)
+def _fits(found: list[dict[str, Any]]) -> list[str]:
+    """Exponents, one line per contender and mode, with a column per factor."""
+    factors = list(dict.fromkeys(record["factor"] for record in found))
+    lines: dict[tuple[Any, ...], dict[str, str]] = {}
+    for record in found:
+        key = record["contender"], record["mode"], record["threads"]
+        fit = record["fit"]
+        text = NOT_MEASURED
+        if fit is not None:
+            text = f"{fit['exponent']:.2f} +- {fit['error']:.2f} ({fit['points']})"
+        lines.setdefault(key, {})[record["factor"]] = text
+    head = [FACTOR_TITLES.get(factor, factor) for factor in factors]
+    out = ["time grows as the factor to the power of (standard error, points):"]
+    out.append(f"  {'':<44}" + "".join(f"{name:>20}" for name in head))
+    for (name, mode, threads), cells in lines.items():
+        row = "".join(f"{cells.get(factor, ''):>20}" for factor in factors)
+        out.append(f"  {name + ', ' + MODE_TITLES.get(mode, mode) + f', {threads}t':<44}" + row)
+    return out

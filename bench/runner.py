@@ -1,42 +1,32 @@
-"""Runs a suite: tolerances at equal verified residual, verification, interleaved timing.
+"""Runs a suite: verification at equal residual, interleaved timing, and what else a run takes.
 
-Every contender starts from the tolerance that is the target. Stopping rules differ: a contender
-that measures a row's whole state as one vector can stop while one block is still above the target.
-So whoever misses the target in fp64 has its tolerance tightened, in proportion to the miss, until
-every row and every block meets it, forward first, then the backward at that forward tolerance.
-One whose steps do not suffice is failed and gets no time. The answer of the last timed run is
-verified again.
+Correctness comes first: what a contender answers is held against fp64 in this run
+(`deqfusion.bench.trial`), and one that misses the target has no time. After the timing every one
+runs once more and is verified again. Memory and launches are taken from runs of their own as well.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from . import contenders, environment, timing
-from .contenders import Answer
+from . import contenders, environment, fits, floor, peaks, resources, timing, work
+from .limits import Limit
 from .problem import Problem, Shape
-from .suites import MODES, Suite
-from .verification import AdjointSystem, gradient_error, verify_state
+from .results import FORMAT
+from .suites import MODES, Case, Suite, cases
+from .trial import Trial, Truth
 
-FORMAT = 1
 REFERENCE = "ours"
 """Ratios are the time of a contender over the time of this one."""
 
-TIGHTEN = (0.5, 0.95)
-"""Bounds of the factor by which a tolerance is tightened; between them, target over residual."""
-
-GRADIENT_SLACK = 10
-"""Allowed error over the target of the gradients against what the adjoint gives in fp64: a ReLU's
-input within rounding of 0 may go either way in some row (`AdjointSystem`)."""
-
-TIGHTEST = 1e-3
-"""The smallest fraction of the target tried as a tolerance."""
+Record = dict[str, Any]
 
 
 @contextmanager
@@ -50,168 +40,178 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Trial:
-    """One contender on one problem: its tolerances, and what verification said of its answers.
+def device_of(suite: Suite) -> torch.device:
+    """Where a suite runs.
 
-    Args:
-        name: of the contender.
-        problem: the case.
-        target: relative residual to be met.
+    Raises:
+        ValueError: if it asks for a GPU and torch can use none.
+    """
+    if suite.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, expected cpu: torch can use no GPU here")
+    if suite.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(suite.device)
+
+
+def names_of(suite: Suite, device: torch.device) -> tuple[str, ...]:
+    """The suite's contenders on a device."""
+    return suite.on_gpu if device.type == "cuda" and suite.on_gpu else suite.contenders
+
+
+@dataclass
+class Setting:
+    """What the cases of one thread count share.
 
     Attributes:
-        status: "ok", "failed" or "unavailable".
-        reason: why it is not "ok"; empty if it is.
-        found: by mode, the verified residuals and the steps of the last verified answer.
+        suite, device, threads: as named.
+        gpu: its name, or None.
+        limit: who would take too long.
+        progress: called with a line on what is happening.
+        place: of the case among all.
     """
 
-    def __init__(self, name: str, problem: Problem, target: float) -> None:
-        self.name, self.problem, self.target = name, problem, target
-        self.status, self.reason = "ok", ""
-        self.found: dict[str, dict[str, Any]] = {mode: {} for mode in MODES}
-        self.tolerances = dict.fromkeys(MODES, target)
-        kind = contenders.get(name)
-        unavailable = kind.unavailable()
-        if unavailable is not None:
-            self.status, self.reason = "unavailable", unavailable
-            return
-        self.contender = kind(problem)
-        for mode in MODES:
-            if self.status == "ok":
-                self._tighten(mode)
-
-    def function(self, mode: str) -> Callable[[], Answer]:
-        """What is timed."""
-        return getattr(self.contender, mode)
-
-    def verify(self, mode: str, answer: Answer) -> bool:
-        """Checks an answer in fp64 and records the outcome; False where it misses the target."""
-        found: dict[str, Any] = {"residual": verify_state(self.problem, answer.state)}
-        if mode == "forward_backward":
-            found |= _verify_backward(self.problem, answer)
-        self.found[mode] = {**found, "steps": dict(answer.steps)}
-        return self._miss(mode) <= 1
-
-    def fail(self, mode: str) -> None:
-        """Takes the contender out of the comparison for what `found` says of this mode."""
-        figures = ", ".join(
-            f"{key} {value:.2e}" for key, value in self.found[mode].items() if key != "steps"
-        )
-        self.status = "failed"
-        steps = ", ".join(f"{key} {count}" for key, count in self.found[mode]["steps"].items())
-        self.reason = f"{mode}: {figures} after {steps} steps, expected at most {self.target:.0e}"
-
-    def _miss(self, mode: str) -> float:
-        """The worst figure of the last verification over what is allowed for it."""
-        return max(
-            value / (self.target * (GRADIENT_SLACK if key == "gradient_error" else 1))
-            for key, value in self.found[mode].items()
-            if key != "steps"
-        )
-
-    def _tighten(self, mode: str) -> None:
-        while True:
-            self.contender.set_tolerances(*(self.tolerances[name] for name in MODES))
-            if self.verify(mode, self.function(mode)()):
-                return
-            self.tolerances[mode] *= min(max(1 / self._miss(mode), TIGHTEN[0]), TIGHTEN[1])
-            if self.tolerances[mode] < self.target * TIGHTEST:
-                self.fail(mode)
-                return
+    suite: Suite
+    device: torch.device
+    threads: int
+    gpu: str | None
+    limit: Limit
+    progress: Callable[[str], object]
+    place: str = ""
 
 
-def _verify_backward(problem: Problem, answer: Answer) -> dict[str, float]:
-    """Residual of the adjoint, and error of the gradients against what it gives in fp64."""
-    if answer.linearised_at is None or answer.adjoint is None or answer.gradients is None:
-        raise ValueError("a forward_backward answer needs linearised_at, adjoint and gradients")
-    system = AdjointSystem(problem, answer.linearised_at, answer.split)
-    # Before the adjoint, which may take another run: these are the gradients that were timed.
-    gradients = answer.gradients()
-    adjoint = answer.adjoint()
-    residual = system.residual(adjoint)
-    if answer.gradients_at is not None:
-        system = AdjointSystem(problem, answer.gradients_at, answer.split)
-    return {
-        "adjoint_residual": residual,
-        "gradient_error": gradient_error(gradients, system.gradients(adjoint)),
-    }
-
-
-def run_case(
-    shape: Shape, thread_count: int, suite: Suite, progress: Callable[[str], object]
-) -> list[dict[str, Any]]:
-    """Measures one shape with one thread count.
-
-    Args:
-        shape: rows, width, modalities.
-        thread_count: of torch, within operators.
-        suite: contenders, rounds, loss, target and seed.
-        progress: called with a line on what is happening.
+def run_case(case: Case, setting: Setting) -> list[Record]:
+    """Measures one case.
 
     Returns:
         One record per mode, as in the JSON files.
     """
-    with threads(thread_count):
-        problem = Problem(shape, seed=suite.seed, loss=suite.loss)
-        trials = []
-        for name in suite.contenders:
-            progress(f"{shape} {thread_count}t: verifying {name}")
-            trials.append(Trial(name, problem, suite.target))
-        records = []
-        for mode in MODES:
-            progress(f"{shape} {thread_count}t: timing {mode}")
-            records.append(_time(trials, mode, shape, thread_count, suite))
+    suite, target = setting.suite, case.target or setting.suite.target
+    names, modes = names_of(suite, setting.device), case.modes or suite.modes
+    skipped = {name: reason for name in names if (reason := setting.limit.refuse(name, case))}
+    trials: list[Trial] = []
+    if len(skipped) < len(names):
+        if "torch._dynamo" in sys.modules:
+            # Code of earlier cases would be looked through at every call.
+            torch.compiler.reset()
+        problem = Problem(case.shape, seed=suite.seed, loss=suite.loss).to(setting.device)
+        truth = Truth(problem, target)
+        for name in names:
+            if name not in skipped:
+                setting.progress(f"{_where(case, setting)}: verifying {name}")
+                trials.append(Trial(name, problem, target, modes, truth))
+    records = []
+    for mode in modes:
+        entries = {name: _absent("skipped", reason) for name, reason in skipped.items()}
+        if trials:
+            setting.progress(f"{_where(case, setting)}: timing {mode}")
+            entries |= _time(trials, mode, case, setting)
+        records.append(
+            {
+                "shape": [case.shape.batch, case.shape.dim, case.shape.num_modalities],
+                "label": case.label,
+                "factors": list(case.factors),
+                "target": target,
+                "threads": setting.threads,
+                "mode": mode,
+                "contenders": {name: entries[name] for name in names},
+            }
+        )
     return records
 
 
-def _time(
-    trials: list[Trial], mode: str, shape: Shape, thread_count: int, suite: Suite
-) -> dict[str, Any]:
-    last: dict[str, Answer] = {}
+def _where(case: Case, setting: Setting) -> str:
+    target = f" to {case.target:g}" if case.target else ""
+    return f"{setting.place}: {case.shape}{target} {setting.threads}t"
 
-    def keeping(trial: Trial) -> Callable[[], None]:
-        function = trial.function(mode)
 
-        def run() -> None:
-            last[trial.name] = function()
-
-        return run
-
-    running = {trial.name: keeping(trial) for trial in trials if trial.status == "ok"}
-    samples = timing.interleaved(running, suite.rounds)
+def _time(trials: list[Trial], mode: str, case: Case, setting: Setting) -> dict[str, Record]:
+    """Times the trials that passed, and verifies what they answer after it once more."""
+    stopwatch = timing.Stopwatch(setting.device)
+    passed = {trial.name: trial for trial in trials if trial.status[mode] == "ok"}
+    skipped: dict[str, str] = {}
+    extra: dict[str, dict[str, Any]] = {}
+    for name, trial in passed.items():
+        contender = trial.contender
+        function = contender.function(mode)
+        with trial.guard(mode), contender.context():
+            seconds = setting.limit.once(function, stopwatch)
+            if reason := setting.limit.note(name, case, seconds):
+                skipped[name] = reason
+                continue
+            # Gradients that a run before left would be released in this one.
+            contender.release()
+            extra[name] = resources.measure(function, setting.device)
+    timed = {name: passed[name].contender for name in extra}
+    wall, on_device = timing.interleaved(
+        {name: contender.function(mode) for name, contender in timed.items()},
+        setting.suite.rounds,
+        contexts={name: contender.context for name, contender in timed.items()},
+        stopwatch=stopwatch,
+    )
+    for name, contender in timed.items():
+        trial = passed[name]
+        with trial.guard(mode):
+            # Of one more run: a compiler's graph writes over what it returned when another runs.
+            if not trial.verify(mode, contender.run(mode)):
+                trial.missed(mode)
+    times = {name: wall[name] for name in timed if passed[name].status[mode] == "ok"}
+    entries = {}
     for trial in trials:
-        if trial.status == "ok" and not trial.verify(mode, last[trial.name]):
-            trial.fail(mode)
-    passed = {trial.name: samples[trial.name] for trial in trials if trial.status == "ok"}
-    return {
-        "shape": [shape.batch, shape.dim, shape.num_modalities],
-        "threads": thread_count,
-        "mode": mode,
-        "contenders": {trial.name: _record(trial, mode, passed) for trial in trials},
-    }
+        if trial.name in skipped:
+            entries[trial.name] = _absent("skipped", skipped[trial.name])
+        else:
+            entries[trial.name] = _record(trial, mode, times, on_device, extra, setting)
+    return entries
 
 
-def _record(trial: Trial, mode: str, passed: dict[str, list[float]]) -> dict[str, Any]:
-    seconds = passed.get(trial.name)
-    reference = passed.get(REFERENCE)
-    ratio = None
-    if seconds is not None and reference is not None and trial.name != REFERENCE:
-        ratio = timing.ratios(seconds, reference)
-    return {
-        "status": trial.status,
-        "reason": trial.reason,
-        "tolerances": dict(trial.tolerances) if trial.status != "unavailable" else None,
-        "verified": trial.found[mode] or None,
-        "seconds": None if seconds is None else {**timing.summary(seconds), "samples": seconds},
-        "ratio": ratio,
-    }
+def _absent(status: str, reason: str) -> Record:
+    """The record of what was not measured."""
+    missing = ("tolerances", "verified", "seconds", "device_seconds", "ratio", "memory")
+    empty = dict.fromkeys((*missing, "launches", "work", "floor"))
+    return {"status": status, "reason": reason, **empty}
+
+
+def _record(
+    trial: Trial, mode: str, wall: dict[str, list[float]], on_device: dict[str, list[float]],
+    extra: dict[str, dict[str, Any]], setting: Setting,
+) -> Record:  # fmt: skip
+    found = _absent(trial.status[mode], trial.reason[mode])
+    if found["status"] != "unavailable":
+        found |= {"tolerances": dict(trial.tolerances), "verified": trial.found[mode] or None}
+    if trial.name not in wall:
+        return found
+    seconds, ours = wall[trial.name], wall.get(REFERENCE)
+    summary = timing.summary(seconds)
+    found["seconds"] = {**summary, "samples": seconds}
+    best = summary["median"]
+    if trial.name in on_device:
+        measured = on_device[trial.name]
+        found["device_seconds"] = {**timing.summary(measured), "samples": measured}
+        best = found["device_seconds"]["median"]
+    if ours is not None and trial.name != REFERENCE:
+        found["ratio"] = timing.ratios(seconds, ours)
+    found |= extra[trial.name]
+    steps, contender = trial.found[mode]["steps"], trial.contender
+    shape = trial.problem.shape
+    counted = work.count(shape, mode, trial.evaluations[mode], steps, contender.memory)
+    found["work"] = work.achieved(counted, best, contender.rate)
+    least = floor.seconds(contender, mode, steps, setting.gpu)
+    if least is not None:
+        found["floor"] = {"seconds": least, "fraction": least / best}
+    return found
+
+
+def here(device: torch.device) -> Record:
+    """Environment and device of a result that will be measured now."""
+    return {"environment": environment.record(), "device": device.type}
 
 
 def run(
     suite: Suite,
     *,
     progress: Callable[[str], object] = lambda message: None,
-    save: Callable[[dict[str, Any]], object] = lambda result: None,
-) -> dict[str, Any]:
+    save: Callable[[Record], object] = lambda result: None,
+) -> Record:
     """Runs a suite.
 
     Args:
@@ -221,35 +221,56 @@ def run(
             what it has measured.
 
     Returns:
-        Format number, suite, environment and one record per shape, thread count and mode.
+        Format number, suite, environment, device, peaks, fits, and one record per case, thread
+        count and mode.
 
     Raises:
-        ValueError: if a contender is unknown.
+        ValueError: if a contender is unknown, or the device is not there.
     """
-    for name in suite.contenders:
+    device = device_of(suite)
+    names = names_of(suite, device)
+    for name in names:
         contenders.get(name)
     options = asdict(suite)
-    options["shapes"] = [str(shape) for shape in suite.shapes]
-    result: dict[str, Any] = {
+    options.pop("cases")
+    options.pop("on_gpu")
+    options["shapes"] = [str(case.shape) for case in suite.cases]
+    options["contenders"] = names
+    measured_on = here(device)
+    found = measured_on["environment"]
+    gpu = found["gpu"]["name"] if device.type == "cuda" and found["gpu"] else None
+    result: Record = {
         "format": FORMAT,
         "suite": json.loads(json.dumps(options)),
-        "environment": environment.record(),
+        **measured_on,
         "reference": REFERENCE,
+        "peaks": {},
+        "fits": [],
         "cases": [],
     }
     for thread_count in suite.threads:
-        for shape in suite.shapes:
-            result["cases"] += run_case(shape, thread_count, suite, progress)
+        with threads(thread_count):
+            progress(f"measuring what the machine can do, {thread_count}t")
+            before = result["peaks"][str(thread_count)] = peaks.measure(device)
+            limit = Limit(suite.limit if device.type == "cpu" else None, suite.rounds)
+            setting = Setting(suite, device, thread_count, gpu, limit, progress)
+            for index, case in enumerate(suite.cases, 1):
+                setting.place = f"{index} of {len(suite.cases)}"
+                result["cases"] += run_case(case, setting)
+                result["fits"] = fits.of_cases(result["cases"])
+                save(result)
+            result["peaks"][str(thread_count)] = peaks.best(before, peaks.measure(device))
             save(result)
     return result
 
 
-def best_baseline(case: dict[str, Any]) -> str | None:
+def best_baseline(case: Record) -> str | None:
     """Name of the fastest baseline of a case that met the target, None if none did."""
+    known = contenders.contenders()
     timed = {
         name: entry["seconds"]["median"]
         for name, entry in case["contenders"].items()
-        if entry["seconds"] is not None and contenders.get(name).baseline
+        if entry["seconds"] is not None and name in known and known[name].baseline
     }
     return min(timed, key=lambda name: timed[name], default=None)
 
@@ -257,7 +278,7 @@ def best_baseline(case: dict[str, Any]) -> str | None:
 def quick_comparison(
     batch: int = 256, dim: int = 512, num_modalities: int = 2, threads: int = 1, rounds: int = 5
 ) -> dict[str, Any]:
-    """Times equilibrium fusion against eager PyTorch on this machine.
+    """Times equilibrium fusion against eager PyTorch on this machine's CPU.
 
     Args:
         batch: rows.
@@ -275,13 +296,15 @@ def quick_comparison(
     Raises:
         ValueError: if a size is below 1 or the width does not divide.
     """
-    shape = Shape(batch, dim, num_modalities)
+    problems = cases(Shape(batch, dim, num_modalities))
     names = ("textbook", REFERENCE)
-    suite = Suite("quick_comparison", (shape,), names, threads=(threads,), rounds=rounds)
-    cases = {case["mode"]: case for case in run(suite)["cases"]}
+    suite = Suite(
+        "quick_comparison", problems, names, threads=(threads,), rounds=rounds, device="cpu"
+    )
+    measured = {case["mode"]: case for case in run(suite)["cases"]}
     found: dict[str, Any] = {}
     for name in names:
-        entries = {mode: cases[mode]["contenders"][name] for mode in MODES}
+        entries = {mode: measured[mode]["contenders"][name] for mode in MODES}
         failed = [entry for entry in entries.values() if entry["status"] != "ok"]
         residuals = [e["verified"]["residual"] for e in entries.values() if e["verified"]]
         found[name] = {
@@ -296,7 +319,7 @@ def quick_comparison(
         "rounds": rounds,
         "tol": suite.target,
         "contenders": found,
-        "ratios": {mode: cases[mode]["contenders"]["textbook"]["ratio"] for mode in MODES},
+        "ratios": {mode: measured[mode]["contenders"]["textbook"]["ratio"] for mode in MODES},
     }
 
 

@@ -2,6 +2,9 @@
 
 A machine that is busy for a second slows all contenders of that round alike, so the ratio of two
 contenders is taken round by round, and its median and spread are reported beside the times.
+
+A call ends with the end of the device's work. On a GPU its time there is that between two events
+around it, which includes what the device waits for the host.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
+import torch
 
 SHORTEST_SAMPLE = 0.02
 """Seconds; faster functions are repeated within a sample so that the clock's noise is small."""
@@ -39,30 +44,68 @@ def repeats_for(seconds: float) -> int:
     return max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-6)))
 
 
+class Stopwatch:
+    """Times calls of a function; on a GPU each to the end of the device's work.
+
+    Args:
+        device: where the function works.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.device = torch.device("cpu") if device is None else device
+        self.clock = clock
+
+    def __call__(self, function: Callable[[], object], count: int) -> tuple[float, float | None]:
+        """Wall seconds per call, and seconds of the device; None where it is the CPU."""
+        if self.device.type != "cuda":
+            begin = self.clock()
+            for _ in range(count):
+                function()
+            return (self.clock() - begin) / count, None
+        spent = 0.0
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        begin = self.clock()
+        for _ in range(count):
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            spent += 1e-3 * start.elapsed_time(end)
+        return (self.clock() - begin) / count, spent / count
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
+    contexts: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
     progress: Callable[[], object] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
+    stopwatch: Stopwatch | None = None,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Times functions in rotating rounds after one warm-up run of each.
 
     Args:
         functions: what to run, by name.
         rounds: samples of each.
+        contexts: what to run them under, entered outside of what is timed.
         progress: called after every sample.
-        clock: seconds.
+        stopwatch: of the device; None: of the CPU.
 
     Returns:
-        Seconds per run, one per round, by name.
+        Wall seconds per run, one per round, by name; the same of the device, empty for the CPU.
     """
+    stopwatch = stopwatch or Stopwatch()
+    under = dict.fromkeys(functions, nullcontext) | dict(contexts or {})
     repeats = {}
     for name, function in functions.items():
-        begin = clock()
-        function()
-        repeats[name] = repeats_for(clock() - begin)
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+        with under[name]():
+            repeats[name] = repeats_for(stopwatch(function, 1)[0])
+    wall: dict[str, list[float]] = {name: [] for name in functions}
+    device: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
     collecting = gc.isenabled()
     gc.collect()
@@ -70,15 +113,15 @@ def interleaved(
     try:
         for _ in range(rounds):
             for name in order:
-                function, count = functions[name], repeats[name]
-                begin = clock()
-                for _ in range(count):
-                    function()
-                samples[name].append((clock() - begin) / count)
+                with under[name]():
+                    seconds, on_device = stopwatch(functions[name], repeats[name])
+                wall[name].append(seconds)
+                if on_device is not None:
+                    device[name].append(on_device)
                 progress()
             order = order[1:] + order[:1]
             gc.collect()
     finally:
         if collecting:
             gc.enable()
-    return samples
+    return wall, {name: values for name, values in device.items() if values}

@@ -4,7 +4,9 @@ An answer passes when, for every row and every block, the relative residual of t
 norm(f(z) - z) / norm(f(z)), is at most the target; the adjoint likewise with
 norm(J^T y + w - y) over the norm of the gradient by the block's output (`AdjointSystem`),
 linearised where the contender linearised. Its gradients by
-parameters and features must be those that its adjoint gives in fp64.
+parameters and features must be those that its adjoint gives in fp64; a contender that does not
+keep its adjoint has them held against true ones, solved in fp64 (`deqfusion.bench.trial`). A
+Jacobian penalty must have the value and the gradients that fp64 gives at the same state and probe.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .contenders import Penalty
 from .contenders.textbook import gradient_of, stacked_gradients
 from .problem import Problem, TextbookCell
 
@@ -147,6 +150,32 @@ class AdjointSystem:
             for index, cut in enumerate(self.cuts)
         ]
         return {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in parts[0]}
+
+
+def penalty_in_fp64(problem: Problem, penalty: Penalty) -> tuple[float, dict[str, Tensor]]:
+    """The Jacobian penalty at the same state and probe, in fp64.
+
+    Returns:
+        Its value, and its gradients by the parameters and "features", times the loss's weight.
+    """
+    cell = TextbookCell(problem.parameters).double()
+    features = problem.features.double().requires_grad_(True)
+    point = problem.flatten(penalty.at.detach().double()).requires_grad_(True)
+    probe = problem.flatten(penalty.probe().double())
+    with torch.enable_grad():
+        image = cell(point, features, cell.inject(features))
+        # J v is the derivative of u^T J by u, in the direction of v.
+        first = probe if penalty.transposed else torch.zeros_like(image, requires_grad=True)
+        (product,) = torch.autograd.grad(image, point, first, create_graph=True)
+        if not penalty.transposed:
+            (product,) = torch.autograd.grad(product, first, probe, create_graph=True)
+        value = product.square().sum() / point.numel()
+        (problem.penalty_weight * value).backward()
+    # What the penalty does not depend on, as the last biases, gets none.
+    for parameter in cell.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return float(value.detach()), {"features": gradient_of(features), **stacked_gradients(cell)}
 
 
 def gradient_error(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:

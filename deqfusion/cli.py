@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("deqfusion.tasks", "train a model on a task's data"),
     "evaluate": ("deqfusion.tasks", "evaluate a checkpoint"),
     "bench": ("deqfusion.bench", "time equilibrium fusion against other implementations"),
+    "plot": ("deqfusion.bench", "draw a result of bench again"),
     "doctor": ("deqfusion.doctor", "say what is installed, what runs where, and whether it works"),
 }
 

@@ -9,10 +9,21 @@ import importlib
 import pkgutil
 from functools import cache
 
-from .base import MAX_STEPS, Answer, Contender
+from .base import BACKWARD, FORWARD, MAX_STEPS, PENALTY, Answer, Contender, Penalty
 from .registry import _REGISTRY, register
 
-__all__ = ["MAX_STEPS", "Answer", "Contender", "contenders", "get", "register"]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "MAX_STEPS",
+    "PENALTY",
+    "Answer",
+    "Contender",
+    "Penalty",
+    "contenders",
+    "get",
+    "register",
+]
 
 
 @cache

@@ -1,25 +1,43 @@
-"""This library: as it comes, and with single optimisations switched off for attribution."""
+"""This library as it comes, and on its reference implementation."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from deqfusion import Anderson, DEQFusion, Implicit
+from deqfusion import Anderson, DEQFusion, Implicit, ops
 from deqfusion.reference import adjoint as adjoints
+from deqfusion.reference.solve import LADDER_WIDTH, bfloat16_instructions
 
 from ..problem import NUM_GROUPS, Problem
-from .base import Answer, Contender
+from .base import MAX_STEPS, Answer, Contender, Penalty, products, seed_probe
 from .registry import register
 from .textbook import gradient_of
 
 
+@contextmanager
+def backend(name: str, precision: str = "highest") -> Iterator[None]:
+    """Sets `DEQFUSION_BACKEND` and the precision of fp32 products for a while."""
+    before = os.environ.get("DEQFUSION_BACKEND")
+    os.environ["DEQFUSION_BACKEND"] = name
+    try:
+        with products(precision):
+            yield
+    finally:
+        os.environ.pop("DEQFUSION_BACKEND")
+        if before is not None:
+            os.environ["DEQFUSION_BACKEND"] = before
+
+
 @register
 class Ours(Contender):
-    """`DEQFusion` with its defaults, apart from the tolerances."""
+    """`DEQFusion` with its defaults, apart from the tolerances and the limit on steps."""
 
     name = "ours"
     summary = "deqfusion: split solve, relative ridge, precision ladder, compaction"
@@ -30,6 +48,16 @@ class Ours(Contender):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.features = problem.features.clone().requires_grad_(True)
+        operator = "joint_equilibrium" if self.module_options.get("joint") else "fusion_equilibrium"
+        with self.context():
+            self.programs = ops.implementation(self.features.device.type, operator) == "triton"
+
+    @property
+    def rate(self) -> str:
+        # The ladder's first products are in bfloat16, where it may be on.
+        wide = self.problem.shape.dim >= LADDER_WIDTH
+        fast = self.programs or bfloat16_instructions() is not None
+        return "bf16" if wide and fast and self.solver_options.get("ladder") != "off" else "fp32"
 
     def set_tolerances(self, tol: float, adjoint_tol: float) -> None:
         super().set_tolerances(tol, adjoint_tol)
@@ -38,37 +66,54 @@ class Ours(Contender):
             shape.dim,
             shape.num_modalities,
             num_groups=NUM_GROUPS,
-            solver=Anderson(tol=tol, **self.solver_options),
-            adjoint=Implicit(solver=Anderson(tol=adjoint_tol, **self.adjoint_options)),
+            solver=Anderson(tol=tol, max_steps=MAX_STEPS, **self.solver_options),
+            adjoint=Implicit(
+                solver=Anderson(tol=adjoint_tol, max_steps=MAX_STEPS, **self.adjoint_options)
+            ),
             **self.module_options,
         ).to(self.features.device)
         self.module.load_state_dict(self.problem.parameters)
+
+    def release(self) -> None:
+        self.module.zero_grad(set_to_none=True)
+        self.features.grad = None
 
     def forward(self) -> Answer:
         with torch.no_grad():
             equilibrium = self.module.equilibrium(self.features)
         return Answer(equilibrium.state, _steps(equilibrium.stats))
 
-    def forward_backward(self) -> Answer:
-        self.module.zero_grad(set_to_none=True)
-        self.features.grad = None
+    def forward_backward(self, penalty: bool = False) -> Answer:
+        self.release()
         equilibrium = self.module.equilibrium(self.features)
-        (equilibrium.fused * self.problem.cotangent).sum().backward()
-        state, steps = equilibrium.state.detach(), _steps(equilibrium.stats)
+        loss, found = (equilibrium.fused * self.problem.cotangent).sum(), None
+        if penalty:
+            seed_probe()
+            value = self.module.jacobian_penalty(equilibrium, self.features)
+            loss = loss + self.problem.penalty_weight * value
+            found = Penalty(value.detach(), equilibrium.state.detach(), self._probe, False)
+        loss.backward()
+        state, solves = equilibrium.state.detach(), _steps(equilibrium.stats)
         return Answer(
             state=state,
-            steps=steps,
+            solves=solves,
             linearised_at=state,
             split=True,
-            adjoint=lambda: self._adjoint(steps),
+            adjoint=None if self.programs else lambda: self._adjoint(solves),
             gradients=self._gradients,
+            penalty=found,
         )
 
     def _gradients(self) -> dict[str, Tensor]:
         named = {name: gradient_of(value) for name, value in self.module.named_parameters()}
         return {"features": gradient_of(self.features), **named}
 
-    def _adjoint(self, steps: dict[str, int]) -> Tensor:
+    def _probe(self) -> Tensor:
+        seed_probe()
+        count, rows, dim = self.features.shape
+        return torch.randn(count + 1, rows, dim, device=self.features.device)
+
+    def _adjoint(self, solves: dict[str, Tensor]) -> Tensor:
         """Runs again, and keeps the adjoints that the operators do not return, and their steps."""
         found: dict[str, Any] = {}
 
@@ -82,43 +127,26 @@ class Ours(Contender):
 
             return mock.patch.object(adjoints, f"adjoint_{block}", run)
 
-        with recording("modality"), recording("fusion"):
+        with self.context(), recording("modality"), recording("fusion"):
             self.forward_backward()
         for block, (_, outcome) in found.items():
-            steps[f"adjoint {block}"] = int(outcome.steps.max())
+            solves[f"adjoint {block}"] = outcome.steps
         # Of the joint map, a modality's adjoint excludes what reaches it through the fusion step.
         incoming, modality = found["modality"]
         return torch.cat([modality.state - incoming, found["fusion"][1].state])
 
 
-def _steps(stats: Any) -> dict[str, int]:
-    """Steps of the slowest row in the modality blocks and in the fusion block."""
-    return {"modality": int(stats.steps[:-1].max()), "fusion": int(stats.steps[-1].max())}
+def _steps(stats: Any) -> dict[str, Tensor]:
+    """Steps of every row in the modality blocks and in the fusion block; nothing is waited for."""
+    return {"modality": stats.steps[:-1], "fusion": stats.steps[-1]}
 
 
 @register
-class OursNoLadder(Ours):
-    """All products in the features' own precision."""
+class OursReference(Ours):
+    """The implementation in PyTorch, on any device."""
 
-    name = "ours_noladder"
-    summary = "ours without the precision ladder"
-    solver_options: ClassVar[dict[str, Any]] = {"ladder": "off"}
-    adjoint_options: ClassVar[dict[str, Any]] = {"ladder": "off"}
+    name = "ours_reference"
+    summary = "ours in PyTorch operations (DEQFUSION_BACKEND=reference), on any device"
 
-
-@register
-class OursAbsoluteRidge(Ours):
-    """The textbook's ridge in the backward solve."""
-
-    name = "ours_absolute_ridge"
-    summary = "ours with an absolute ridge of 1e-4 in the backward solve"
-    adjoint_options: ClassVar[dict[str, Any]] = {"ridge": 1e-4, "ridge_mode": "absolute"}
-
-
-@register
-class OursJoint(Ours):
-    """The whole state of a row as one problem."""
-
-    name = "ours_joint"
-    summary = "ours without the block-triangular split"
-    module_options: ClassVar[dict[str, Any]] = {"joint": True}
+    def context(self) -> AbstractContextManager[object]:
+        return backend("reference", torch.get_float32_matmul_precision())

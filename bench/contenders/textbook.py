@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, TextbookCell
-from .base import MAX_STEPS, Answer, Contender
+from .base import MAX_STEPS, Answer, Contender, Penalty, seed_probe
 from .registry import register
 
 MEMORY = 6
@@ -124,6 +124,7 @@ class JointContender(Contender):
     """Shared by the baselines that carry the whole state of a row as one vector."""
 
     baseline = True
+    memory = MEMORY
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -133,14 +134,39 @@ class JointContender(Contender):
         size = shape.batch, (shape.num_modalities + 1) * shape.dim
         self.start = problem.features.new_zeros(size)
 
-    def clear_gradients(self) -> None:
-        """Forgets the gradients of the step before."""
+    def release(self) -> None:
         self.cell.zero_grad(set_to_none=True)
         self.features.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the last backward, by name."""
         return {"features": gradient_of(self.features), **stacked_gradients(self.cell)}
+
+    def penalty(self, output: Tensor, point: Tensor) -> Penalty:
+        """The authors' Jacobian penalty, ||v^T J||^2 / numel: differentiable, `value` included.
+
+        Args:
+            output: the cell's (B, (N + 1) d), made of
+            point: (B, (N + 1) d), which requires a gradient.
+        """
+        seed_probe()
+        probe = torch.randn_like(point)
+        (product,) = torch.autograd.grad(output, point, probe, create_graph=True)
+        value = product.square().sum() / point.numel()
+        return Penalty(value, self.problem.unflatten(point.detach()), self.probe, transposed=True)
+
+    def probe(self) -> Tensor:
+        """The probe of `penalty` once more, (N + 1, B, d)."""
+        seed_probe()
+        return self.problem.unflatten(torch.randn_like(self.start))
+
+    def penalise(self, flat: Tensor) -> Penalty:
+        """Adds the gradients of the weighted penalty at a state, by one more eager evaluation."""
+        point = flat.detach().clone().requires_grad_(True)
+        output = self.cell(point, self.features, self.cell.inject(self.features))
+        found = self.penalty(output, point)
+        (self.problem.penalty_weight * found.value).backward()
+        return found
 
 
 @register
@@ -155,12 +181,14 @@ class Textbook(JointContender):
             flat, steps, _ = self._solve()
         return Answer(self.problem.unflatten(flat), {"joint": steps})
 
-    def forward_backward(self) -> Answer:
-        self.clear_gradients()
+    def forward_backward(self, penalty: bool = False) -> Answer:
+        self.release()
         with torch.no_grad():
             flat, steps, _ = self._solve()
         point = flat.requires_grad_(True)
         output = self.cell(point, self.features, self.cell.inject(self.features))
+        # Before the hook, which the VJP of the penalty would start as well.
+        found = self.penalty(output, point) if penalty else None
         solved: dict[str, tuple[Tensor, int]] = {}
 
         def solve_adjoint(gradient: Tensor) -> Tensor:
@@ -175,15 +203,19 @@ class Textbook(JointContender):
 
         handle = output.register_hook(solve_adjoint)
         fused = output[:, -self.problem.shape.dim :]
-        (fused * self.problem.cotangent).sum().backward()
+        loss = (fused * self.problem.cotangent).sum()
+        if found is not None:
+            loss = loss + self.problem.penalty_weight * found.value
+        loss.backward()
         adjoint, adjoint_steps = solved["adjoint"]
         unflatten = self.problem.unflatten
         return Answer(
             state=unflatten(output.detach()),
-            steps={"joint": steps, "adjoint": adjoint_steps},
+            solves={"joint": steps, "adjoint": adjoint_steps},
             linearised_at=unflatten(point.detach()),
             adjoint=lambda: unflatten(adjoint),
             gradients=self.gradients,
+            penalty=found,
         )
 
     def _solve(self) -> tuple[Tensor, int, bool]:

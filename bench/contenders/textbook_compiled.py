@@ -3,12 +3,14 @@
 The loop around the cell stays eager: the number of steps depends on the data. A compiled function
 always computes the gradients of everything that requires one, so the adjoint iterations run on a
 compiled cell whose parameters are frozen, and the parameters' gradients are taken once at the end.
+The Jacobian penalty is eager: it differentiates twice, which compiled functions do not.
 """
 
 from __future__ import annotations
 
 import copy
 import shutil
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from ..problem import Problem
-from .base import Answer
+from .base import CPU, Answer, Penalty
 from .registry import register
 from .textbook import JointContender, anderson
 
@@ -30,27 +32,33 @@ class TextbookCompiled(JointContender):
     summary = "the textbook with its cell under torch.compile"
 
     @classmethod
-    def unavailable(cls) -> str | None:
+    def unavailable(cls, device: torch.device = CPU) -> str | None:
+        if device.type != "cpu":
+            return None
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             return "no C++ compiler, which torch.compile needs on a CPU"
         return None
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        # Code is compiled for one shape and thread count; the limit on recompilations would
-        # otherwise count over the cases of a suite and end in eager execution.
-        torch.compiler.reset()
         self.compiled = torch.compile(self.cell, dynamic=False, mode=self.mode)
         frozen = copy.deepcopy(self.cell).requires_grad_(False)
         self.compiled_frozen = torch.compile(frozen, dynamic=False, mode=self.mode)
+
+    def context(self) -> AbstractContextManager[object]:
+        from torch._dynamo import config
+
+        # Contenders share the cell's code, and its limit on recompilations would end in eager
+        # execution; what other cases compiled is forgotten by the runner.
+        return config.patch(recompile_limit=64)
 
     def forward(self) -> Answer:
         with torch.no_grad():
             flat, steps = self._solve()
         return Answer(self.problem.unflatten(flat), {"joint": steps})
 
-    def forward_backward(self) -> Answer:
-        self.clear_gradients()
+    def forward_backward(self, penalty: bool = False) -> Answer:
+        self.release()
         with torch.no_grad():
             flat, steps = self._solve()
             injected = self.cell.inject(self.features)
@@ -67,13 +75,15 @@ class TextbookCompiled(JointContender):
             )
             output = self.compiled(flat, self.features, self.cell.inject(self.features))
             output.backward(adjoint)
+        found: Penalty | None = self.penalise(flat) if penalty else None
         unflatten = self.problem.unflatten
         return Answer(
             state=unflatten(output.detach()),
-            steps={"joint": steps, "adjoint": adjoint_steps},
+            solves={"joint": steps, "adjoint": adjoint_steps},
             linearised_at=unflatten(flat),
             adjoint=lambda: unflatten(adjoint),
             gradients=self.gradients,
+            penalty=found,
         )
 
     def _solve(self) -> tuple[Tensor, int]:
@@ -87,21 +97,3 @@ class TextbookCompiled(JointContender):
     def step(self, z: Tensor, features: Tensor, injected: Tensor) -> Tensor:
         """One step of the frozen cell."""
         return self.compiled_frozen(z, features, injected)
-
-
-@register
-class TextbookReduceOverhead(TextbookCompiled):
-    """The same captured in CUDA graphs; without a GPU the mode changes nothing."""
-
-    name = "textbook_reduce_overhead"
-    summary = 'the compiled textbook, mode="reduce-overhead" (CUDA graphs)'
-    mode = "reduce-overhead"
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        return None if torch.cuda.is_available() else "no GPU, whose graphs the mode is about"
-
-    def step(self, z: Tensor, features: Tensor, injected: Tensor) -> Tensor:
-        # A replay writes over what the one before returned.
-        torch.compiler.cudagraph_mark_step_begin()
-        return super().step(z, features, injected).clone()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MAX_STEPS, Answer
+from .base import CPU, MAX_STEPS, Answer, Penalty, seed_probe
 from .registry import register
 from .textbook import JointContender
 
@@ -26,7 +26,7 @@ class TorchDEQ(JointContender):
     summary = "torchdeq 0.1.0: Anderson, implicit function theorem, relative stop"
 
     @classmethod
-    def unavailable(cls) -> str | None:
+    def unavailable(cls, device: torch.device = CPU) -> str | None:
         if importlib.util.find_spec("torchdeq") is None:
             return "torchdeq is not installed (pip install 'deqfusion[bench]')"
         return None
@@ -55,8 +55,8 @@ class TorchDEQ(JointContender):
             (flat,), info = self.deq(lambda z: self.cell(z, self.features, injected), self.start)
         return Answer(self.problem.unflatten(flat), {"joint": _steps(info)})
 
-    def forward_backward(self) -> Answer:
-        self.clear_gradients()
+    def forward_backward(self, penalty: bool = False) -> Answer:
+        self.release()
         self.deq.train()
         injected = self.cell.inject(self.features)
         solved: list[Tensor] = []
@@ -73,16 +73,36 @@ class TorchDEQ(JointContender):
 
         (flat,), info = self.deq(cell, self.start, backward_writer=adjoint_info.update)
         fused = flat[:, -self.problem.shape.dim :]
-        (fused * self.problem.cotangent).sum().backward()
+        loss, found = (fused * self.problem.cotangent).sum(), None
+        if penalty:
+            found = self._penalty(flat)
+            loss = loss + self.problem.penalty_weight * found.value
+        loss.backward()
         state = self.problem.unflatten(flat.detach())
         return Answer(
             state=state,
-            steps={"joint": _steps(info), "adjoint": _steps(adjoint_info)},
+            solves={"joint": _steps(info), "adjoint": _steps(adjoint_info)},
             linearised_at=state,
             adjoint=lambda: self.problem.unflatten(solved[0]),
             gradients_at=self.problem.unflatten(points[0].detach()),
             gradients=self.gradients,
+            penalty=found,
         )
+
+    def _penalty(self, flat: Tensor) -> Penalty:
+        """Its own `jac_reg`, at the state that it returned."""
+        from torchdeq.loss import jac_reg
+
+        point = flat.detach().requires_grad_(True)
+        output = self.cell(point, self.features, self.cell.inject(self.features))
+        seed_probe()
+        value = jac_reg(output, point)
+        return Penalty(value, self.problem.unflatten(point.detach()), self.probe, transposed=True)
+
+    def probe(self) -> Tensor:
+        # It draws on the CPU, whatever the device.
+        seed_probe()
+        return self.problem.unflatten(torch.randn(*self.start.shape).to(self.start))
 
 
 def _steps(info: dict[str, Any]) -> int:

@@ -12,13 +12,18 @@ TEXT = f"before\n{comparison.BEGIN}old\n{comparison.END}after\n"
 
 def result(threads: int = 1) -> dict:
     def entry(ratio):
-        return {"status": "ok", "seconds": {"median": 0.01}, "ratio": {"median": ratio}}
+        def summary(value):
+            return None if value is None else dict.fromkeys(("p20", "median", "p80"), value)
+
+        return {"status": "ok", "seconds": summary(0.01), "ratio": summary(ratio)}
 
     contenders = {"ours": entry(None), "textbook": entry(2.0), "torchdeq": entry(3.04)}
     contenders["textbook_compiled"] = {"status": "failed", "reason": "missed"}
     case = {"shape": [8, 16, 2], "threads": threads, "contenders": contenders}
     return {
         "format": 1,
+        "suite": {},
+        "reference": "ours",
         "environment": {"cpu": "some CPU", "versions": {"torch": "2.13"}},
         "cases": [{**case, "mode": mode} for mode in ("forward", "forward_backward")],
     }
@@ -35,12 +40,18 @@ def test_refusals():
     other["environment"]["cpu"] = "another"
     with pytest.raises(ValueError, match="different machines"):
         comparison.markdown([result(), other])
-    with pytest.raises(ValueError, match="format: got 7, expected 1"):
-        comparison.markdown([{**result(), "format": 7}])
     failed = result()
     failed["cases"][0]["contenders"]["ours"]["status"] = "failed"
     with pytest.raises(ValueError, match="ours: failed, expected a time"):
         comparison.markdown([failed])
+
+
+def test_what_a_file_does_not_have_is_not_measured():
+    contenders = {"ours": result()["cases"][0]["contenders"]["ours"]}
+    part = {**result(), "cases": [{**result()["cases"][0], "contenders": contenders}]}
+    line = comparison.markdown([part]).splitlines()[-1]
+    missing = " | ".join(["not measured"] * 3)
+    assert line == f"| 8, 16, 2 | 10 ms | {missing} | not measured | {missing} |"
 
 
 def test_command(tmp_path, capsys):
@@ -52,6 +63,10 @@ def test_command(tmp_path, capsys):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| 8, 16, 2 | 10 ms | 2.0 | failed | 3.0 |" in text
+    file.write_text(json.dumps({**result(), "format": 7}))
+    assert comparison.main([str(file)]) == 2
+    assert "got format 7, expected one of 1, 2" in capsys.readouterr().err
+    file.write_text(json.dumps(result()))
     readme.write_text("no markers")
     assert comparison.main([str(file), "--write", str(readme)]) == 2
     assert "comparison:begin" in capsys.readouterr().err

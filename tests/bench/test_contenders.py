@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
@@ -9,11 +10,19 @@ import torch
 
 from deqfusion.bench import contenders
 from deqfusion.bench.contenders.textbook import anderson
+from deqfusion.bench.contenders.textbook_cudagraph import TextbookCUDAGraph
 from deqfusion.bench.problem import Problem, Shape, TextbookCell
+from deqfusion.bench.trial import Trial
 from deqfusion.bench.verification import AdjointSystem, gradient_error, verify_state
 
 TOL = 1e-5
 NAMES = sorted(contenders.contenders())
+# The programs are interpreted here, and have a smaller problem (test_programs); max-autotune tunes
+# for half a minute.
+PROGRAMS = ("ours_row", "ours_cooperative", "ours_step")
+CHECKED = [
+    name for name in NAMES if not name.startswith(PROGRAMS) and name != "textbook_max_autotune"
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +40,9 @@ def build(name: str, problem: Problem) -> contenders.Contender:
     return contender
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHECKED)
 def test_forward_meets_tolerance(name: str, problem: Problem) -> None:
-    answer = build(name, problem).forward()
+    answer = build(name, problem).run("forward")
     assert answer.state.shape == (3, 5, 32)
     assert not answer.state.requires_grad
     # A row's whole state as one vector hides a block's residual by up to the ratio of their norms.
@@ -41,12 +50,12 @@ def test_forward_meets_tolerance(name: str, problem: Problem) -> None:
     assert all(count > 1 for count in answer.steps.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHECKED)
 def test_gradients_are_those_of_fp64(name: str, problem: Problem) -> None:
-    answer = build(name, problem).forward_backward()
+    answer = build(name, problem).run("forward_backward")
     assert answer.linearised_at is not None
-    assert answer.adjoint is not None
     assert answer.gradients is not None
+    assert answer.adjoint is not None
     gradients = answer.gradients()
     system = AdjointSystem(problem, answer.linearised_at, answer.split)
     adjoint = answer.adjoint()
@@ -58,18 +67,63 @@ def test_gradients_are_those_of_fp64(name: str, problem: Problem) -> None:
     assert min(answer.steps.values()) > 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHECKED)
 def test_gradients_do_not_accumulate(name: str, problem: Problem) -> None:
     contender = build(name, problem)
     found = []
     for _ in range(2):
-        answer = contender.forward_backward()
+        answer = contender.run("forward_backward")
         assert answer.gradients is not None
         found.append({key: value.clone() for key, value in answer.gradients().items()})
     first, second = found
     assert first.keys() == second.keys()
     for key, value in first.items():
         torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["textbook", "textbook_compiled", "torchdeq", "ours"])
+def test_penalty_is_verified_in_fp64(name: str, problem: Problem) -> None:
+    build(name, problem)
+    modes = (contenders.BACKWARD, contenders.PENALTY)
+    trial = Trial(name, problem, 1e-3, modes)
+    assert set(trial.status.values()) == {"ok"}, trial.reason
+    assert trial.found[contenders.PENALTY]["penalty_error"] < 1e-4
+    plain = trial.contender.run(contenders.BACKWARD).gradients()
+    before = {key: value.clone() for key, value in plain.items()}
+    answer = trial.contender.run(contenders.PENALTY)
+    # It is large enough to be seen where it is missing.
+    assert gradient_error(answer.gradients(), before) > 1e-2
+    without = dataclasses.replace(answer, gradients=lambda: before)
+    assert not trial.verify(contenders.PENALTY, without)
+    half = dataclasses.replace(answer.penalty, value=answer.penalty.value / 2)
+    assert not trial.verify(contenders.PENALTY, dataclasses.replace(answer, penalty=half))
+
+
+def test_hand_captured_loops_without_a_capture(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off a GPU a replay is the function itself: the composition of the steps is the textbook's."""
+    monkeypatch.setattr(TextbookCUDAGraph, "unavailable", classmethod(lambda cls, device: None))
+    eager, graphed = (
+        Trial(name, problem, 1e-3, (contenders.FORWARD, contenders.BACKWARD, contenders.PENALTY))
+        for name in ("textbook", "textbook_cudagraph")
+    )
+    assert set(graphed.status.values()) == {"ok"}, graphed.reason
+    for mode, found in eager.found.items():
+        assert graphed.found[mode]["steps"] == found["steps"]
+        assert graphed.found[mode]["residual"] == pytest.approx(found["residual"], rel=0.05)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_where_contenders_can_run(device: str) -> None:
+    reasons = {
+        name: kind.unavailable(torch.device(device))
+        for name, kind in contenders.contenders().items()
+    }
+    for name in ("textbook_cudagraph", "textbook_reduce_overhead", "textbook_high"):
+        assert (reasons[name] is None) == (device == "cuda")
+    assert "wait for one another" in str(reasons["ours_cooperative"]) or device == "cuda"
+    assert reasons["ours"] is reasons["ours_reference"] is None
 
 
 def test_contenders_find_the_same_equilibrium(problem: Problem) -> None:

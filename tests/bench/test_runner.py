@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from deqfusion.bench import contenders, quick_comparison, report, runner, suites, timing
+from deqfusion.bench import (
+    contenders,
+    limits,
+    quick_comparison,
+    report,
+    resources,
+    results,
+    runner,
+    suites,
+    timing,
+)
 from deqfusion.bench.contenders import Answer, registry
 from deqfusion.bench.contenders.textbook import Textbook
 from deqfusion.bench.problem import Shape
@@ -47,7 +56,7 @@ class Absent(Textbook):
     name = "absent"
 
     @classmethod
-    def unavailable(cls) -> str | None:
+    def unavailable(cls, device: torch.device | None = None) -> str | None:
         return "not installed"
 
 
@@ -59,22 +68,25 @@ def result() -> dict[str, Any]:
             patch.setitem(registry._REGISTRY, kind.name, kind)
         suite = suites.Suite(
             "test",
-            (SHAPE,),
+            suites.cases(SHAPE),
             ("textbook", "lazy", "drifting", "absent", "ours"),
             rounds=3,
         )
         saved: list[int] = []
         found = runner.run(suite, save=lambda partial: saved.append(len(partial["cases"])))
-        assert saved == [2]
+        # After the case, and once more with the peaks measured at the end.
+        assert saved == [2, 2]
         found["table"] = report.table(found)
         return found
 
 
 def test_record(result: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    report.write_json(result, path)
-    found = json.loads(path.read_text())
-    assert found["format"] == runner.FORMAT
+    results.write_json(result, path)
+    found = results.read_json(path)
+    assert found["format"] == results.FORMAT
+    assert found["device"] == "cpu"
+    assert set(found["peaks"]["1"]) == {"copy", "fp32", "bf16"}
     assert found["environment"]["cpu"]
     assert found["environment"]["cores"] >= 1
     assert found["environment"]["versions"]["torch"] == torch.__version__
@@ -89,6 +101,12 @@ def test_record(result: dict[str, Any], tmp_path: Path) -> None:
             seconds = entry["seconds"]
             assert len(seconds["samples"]) == 3
             assert 0 < seconds["p20"] <= seconds["median"] <= seconds["p80"]
+            assert entry["memory"]["bytes"] > 0
+            assert entry["memory"]["how"] == resources.CPU_MEMORY
+            assert entry["launches"] is entry["device_seconds"] is entry["floor"] is None
+            work = entry["work"]
+            rate = work["operations"] / seconds["median"]
+            assert work["operations_per_second"] == pytest.approx(rate)
         assert case["contenders"]["ours"]["ratio"] is None
         assert case["contenders"]["textbook"]["ratio"]["median"] > 0
     backward = found["cases"][1]["contenders"]
@@ -118,21 +136,6 @@ def test_table(result: dict[str, Any]) -> None:
     assert sum(line.startswith("  best of the others: textbook") for line in lines) == 2
 
 
-def test_picture(result: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
-    report.picture(result, path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    report.write_json({"cases": []}, path)
-    with pytest.raises(TypeError):
-        report.write_json({"cases": [object()]}, path)
-    assert json.loads(path.read_text()) == {"cases": []}
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_rounds_rotate_and_warm_up() -> None:
     order: list[str] = []
     now = 0.0
@@ -149,7 +152,9 @@ def test_rounds_rotate_and_warm_up() -> None:
         return run
 
     functions = {name: function(name, s) for name, s in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
-    samples = timing.interleaved(functions, 3, clock=clock)
+    stopwatch = timing.Stopwatch(clock=clock)
+    samples, on_device = timing.interleaved(functions, 3, stopwatch=stopwatch)
+    assert on_device == {}
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert samples == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [4.0] * 3}
     assert timing.ratios(samples["c"], samples["a"]) == {"median": 4.0, "p20": 4.0, "p80": 4.0}
@@ -160,6 +165,15 @@ def test_short_functions_are_repeated_within_a_sample() -> None:
     assert timing.repeats_for(timing.SHORTEST_SAMPLE / 8) == 8
     with pytest.raises(ValueError, match="no values"):
         timing.summary([])
+
+
+FILES = [
+    "index.html",
+    "quick-memory.png",
+    "quick-roofline.png",
+    "quick-speedup.png",
+    "quick.json",
+]
 
 
 def test_quick_comparison() -> None:
@@ -181,14 +195,14 @@ def test_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     arguments = ["bench", "--shape", "4,32,1", "--rounds", "1", "--threads", "1"]
     arguments += ["--contenders", "textbook,ours", "--out", str(out)]
     assert main(arguments) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["quick.json", "quick.png"]
+    assert sorted(path.name for path in out.iterdir()) == FILES
     assert "B=4 d=32 N=1, 1 thread, forward + backward" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--suite", "slow"], "unknown suite 'slow', expected one of quick, cpu"),
+        (["--suite", "slow"], "unknown suite 'slow', expected one of quick, paper, sweep, train"),
         (["--contenders", "ours,theirs"], "unknown contender 'theirs', expected one of"),
         (["--shape", "4,32"], "shape must be B,d,N"),
         (["--shape", "4,30,2"], "shape 4,30,2: its width d must be a multiple of 4"),
@@ -196,6 +210,11 @@ def test_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["--rounds", "0"], "rounds must be at least 1, got 0"),
         (["--loss", "max"], "loss must be one of sum, mean, got 'max'"),
+        (["--limit", "0"], "limit must be above 0 seconds, got 0.0"),
+        (["--device", "tpu"], "device must be one of auto, cpu, cuda, got 'tpu'"),
+        (["--predict", "h300"], "target: got 'h300', expected one of h200, h100"),
+        (["--warm", "2/2"], "--warm must be K/OF with K from 0 below OF, got '2/2'"),
+        (["--compare", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_2(
@@ -231,3 +250,63 @@ def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
     assert "aten::bmm" in out or "aten::addmm" in out
     assert profile_main(["--shape", "8,64"]) == 2
     assert "shape must be B,d,N" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for options in (["--device", "cuda"], ["--suite", "gpu"]):
+        assert main(["bench", *options, "--out", str(tmp_path / "out")]) == 2
+        assert "device: got cuda, expected cpu" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_takes_too_long_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.Limit, "once", lambda self, function, stopwatch: next(seconds))
+    seconds = iter([1.0, 2.0, 50.0])
+    # A problem of the last size would not even fit into memory.
+    shapes = (Shape(4, 64, 1), Shape(8, 64, 1), Shape(12, 64, 1), Shape(400_000_000, 64, 1))
+    suite = suites.Suite(
+        "test", suites.cases(*shapes), ("ours",), modes=("forward",), rounds=2, limit=90.0,
+        device="cpu",
+    )  # fmt: skip
+    entries = [case["contenders"]["ours"] for case in runner.run(suite)["cases"]]
+    assert [entry["status"] for entry in entries] == ["ok", "ok", "skipped", "skipped"]
+    assert [entry["seconds"] is None for entry in entries] == [False, False, True, True]
+    assert "2 runs of 50.0 s would exceed the limit of 90 s" in entries[2]["reason"]
+    assert "(50.0 s at 12,64,1) would exceed the limit of 90 s" in entries[3]["reason"]
+
+
+def test_a_contender_that_raises_is_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Textbook):
+        name = "broken"
+
+        def forward(self) -> Answer:
+            raise RuntimeError("out of something\nat a place")
+
+    contenders.contenders()
+    monkeypatch.setitem(registry._REGISTRY, "broken", Broken)
+    suite = suites.Suite("test", suites.cases(SHAPE), ("broken", "ours"), rounds=1, device="cpu")
+    for case in runner.run(suite)["cases"]:
+        broken, ours = case["contenders"].values()
+        assert broken["status"] == "failed"
+        assert broken["reason"] == "RuntimeError: out of something"
+        assert broken["seconds"] is None
+        assert ours["status"] == "ok"
+
+
+def test_what_fails_backward_keeps_its_forward_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Halved(Textbook):
+        name = "halved"
+
+        def gradients(self) -> dict[str, torch.Tensor]:
+            return {name: value / 2 for name, value in super().gradients().items()}
+
+    contenders.contenders()
+    monkeypatch.setitem(registry._REGISTRY, "halved", Halved)
+    suite = suites.Suite("test", suites.cases(SHAPE), ("halved", "ours"), rounds=1, device="cpu")
+    forward, backward = (case["contenders"]["halved"] for case in runner.run(suite)["cases"])
+    assert forward["status"] == "ok"
+    assert forward["seconds"]["median"] > 0
+    assert (backward["status"], backward["seconds"]) == ("failed", None)
+    assert "gradient_error 5.00e-01" in backward["reason"]

@@ -1,0 +1,65 @@
+"""The time below which the cost model of the GPU programs sees no solve, where it knows the GPU.
+
+That is `deqfusion.kernels.cost.predict` for the modalities and then the fusion, with the steps that
+the solve took, in the schedule that ran; of a backward the steps are not known, and it has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .contenders import FORWARD
+from .contenders.ours import Ours
+from .problem import NUM_GROUPS
+
+
+def known_device(name: str | None) -> str | None:
+    """The cost model's name of a GPU called `name`, None if it has no constants of it."""
+    from deqfusion.kernels import cost
+
+    words = (name or "").lower().replace("-", " ").split()
+    return next((key for key in cost.DEVICES if key in words), None)
+
+
+def seconds(
+    contender: object, mode: str, steps: Mapping[str, int], gpu: str | None
+) -> float | None:
+    """The floor of a solve.
+
+    Args:
+        contender: as it ran; only ours on Triton programs have one.
+        mode: "forward", or another, which has none.
+        steps: of the slowest row, by solve.
+        gpu: the device's name.
+
+    Returns:
+        Seconds, or None where the model says nothing.
+    """
+    device_name = known_device(gpu)
+    if device_name is None or mode != FORWARD or not isinstance(contender, Ours):
+        return None
+    if not contender.programs or not {"modality", "fusion"} <= set(steps):
+        return None
+    from deqfusion.kernels import cost
+    from deqfusion.kernels.config import shipped
+    from deqfusion.kernels.layout import Layout
+
+    device, shape = cost.DEVICES[device_name], contender.problem.shape
+    layout = Layout(shape.dim, NUM_GROUPS)
+    total = 0.0
+    for block, blocks in (("modality", shape.num_modalities), ("fusion", 1)):
+        schedule = getattr(contender, "schedule", None)
+        if schedule is None:
+            config = cost.default_config(
+                shape.batch, layout, blocks, device.multiprocessors, adjoint=False,
+                capability=device.capability,
+            )  # fmt: skip
+        else:
+            config = shipped(
+                schedule, adjoint=False, capability=device.capability, padded=layout.padded
+            )
+        total += cost.predict(
+            block, shape.batch, shape.dim, shape.num_modalities, device, config,
+            groups=NUM_GROUPS, low=contender.rate == "bf16", steps=steps[block],
+        ).solve  # fmt: skip
+    return total

@@ -1,0 +1,72 @@
+"""Who would take too long: known before a case runs, from the nearest smaller ones that did.
+
+Time is taken to grow in a line with the operations of a step, B d^2 (3 N + 1), through the two
+nearest smaller sizes: what is the same at every size is not scaled. With fewer than two nothing is
+refused. What is refused is reported as skipped, with the estimate and where it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .suites import Case
+from .timing import Stopwatch
+
+
+def size(case: Case) -> float:
+    """Operations of a step, but for a constant."""
+    shape = case.shape
+    return float(shape.batch * shape.dim**2 * (3 * shape.num_modalities + 1))
+
+
+class Limit:
+    """A limit on the seconds that a contender's samples may take in one mode of a case.
+
+    Args:
+        seconds: the limit; None: no limit, and nothing is measured for it.
+        rounds: samples.
+    """
+
+    def __init__(self, seconds: float | None, rounds: int) -> None:
+        self.seconds, self.rounds = seconds, rounds
+        self._known: dict[str, dict[float, tuple[float, Case]]] = {}
+
+    def once(self, function: Callable[[], object], stopwatch: Stopwatch) -> float | None:
+        """Seconds of one run, which has run before; None without a limit."""
+        return None if self.seconds is None else stopwatch(function, 1)[0]
+
+    def note(self, name: str, case: Case, seconds: float | None) -> str | None:
+        """Keeps what a run took; says why its samples would be too many, or None."""
+        if self.seconds is None or seconds is None:
+            return None
+        known = self._known.setdefault(name, {})
+        # The dearest mode of a size decides.
+        known[size(case)] = max(known.get(size(case), (0.0, case)), (seconds, case), key=_seconds)
+        if seconds * self.rounds <= self.seconds:
+            return None
+        return (
+            f"{self.rounds} runs of {seconds:.1f} s would exceed the limit of {self.seconds:g} s "
+            "per contender and mode"
+        )
+
+    def refuse(self, name: str, case: Case) -> str | None:
+        """Why a case is not run at all, or None."""
+        if self.seconds is None:
+            return None
+        known = self._known.get(name, {})
+        smaller = sorted(at for at in known if at < size(case))
+        if len(smaller) < 2:
+            return None
+        (least, _), (most, nearest) = (known[at] for at in smaller[-2:])
+        slope = max(0.0, most - least) / (smaller[-1] - smaller[-2])
+        expected = most + slope * (size(case) - smaller[-1])
+        if expected * self.rounds <= self.seconds:
+            return None
+        return (
+            f"{self.rounds} runs of some {expected:.1f} s ({most:.1f} s at {nearest.shape}) would "
+            f"exceed the limit of {self.seconds:g} s per contender and mode"
+        )
+
+
+def _seconds(known: tuple[float, Case]) -> float:
+    return known[0]

@@ -1,0 +1,274 @@
+"""Pictures of a result: speed-up, time against a factor, time to a residual, memory, roofline.
+
+Each is drawn from the record alone, and left out where the record has nothing for it. What colour
+says, a marker, a line style or a position says too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from . import results
+from .report import FACTOR_TITLES, MODE_TITLES
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#777777")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", "-.", ":")
+HATCHES = ("", "///", "...", "xxx")
+MOST_BARS = 12
+"""Cases in one row of bars; more are drawn as curves only."""
+
+Result = dict[str, Any]
+
+
+def figures(result: Result) -> dict[str, Figure]:
+    """All pictures that a result has something for, by name.
+
+    Args:
+        result: of `runner.run`, or read from a file.
+    """
+    found = {
+        "speedup": speedup(result),
+        **{factor: against(result, factor) for factor in ("batch", "dim", "num_modalities")},
+        "residual": to_residual(result),
+        "memory": memory(result),
+        "roofline": roofline(result),
+    }
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+CAPTIONS = {
+    "speedup": "Time over that of the reference, median of the rounds' ratios; whiskers: 20th to "
+    "80th percentile. Above 1: slower than the reference.",
+    "batch": "Time against rows, the other sizes fixed; bars: 20th to 80th percentile.",
+    "dim": "Time against width, the other sizes fixed; bars: 20th to 80th percentile.",
+    "num_modalities": "Time against modalities, the other sizes fixed; bars: 20th to 80th "
+    "percentile.",
+    "residual": "Time to a residual: each point is the time of a solve, and the worst relative "
+    "residual of its rows and blocks, verified in fp64.",
+    "memory": "Memory at the peak of a run, above what was allocated before it.",
+    "roofline": "Operations per second against operations per byte, both counted from steps and "
+    "shape; lines: copy bandwidth and matrix rates measured in the same run.",
+}
+
+
+def speedup(result: Result) -> Figure | None:
+    """Time over that of the reference, as bars with spread."""
+    return _bars(result, f"time / time of {result['reference']}", _ratio, reference=1.0)
+
+
+def memory(result: Result) -> Figure | None:
+    """Megabytes at the peak, as bars."""
+    return _bars(result, "MB at the peak of a run", _megabytes, with_reference=True)
+
+
+def against(result: Result, factor: str) -> Figure | None:
+    """Time against one factor, a panel per mode."""
+
+    def point(case: Result, entry: Result) -> tuple[float, float, tuple[float, float]]:
+        seconds = entry["seconds"]
+        spread = seconds["median"] - seconds["p20"], seconds["p80"] - seconds["median"]
+        x = case["shape"][("batch", "dim", "num_modalities").index(factor)]
+        return x, seconds["median"], spread
+
+    cases = [case for case in result["cases"] if factor in case.get("factors", ())]
+    return _curves(result, cases, point, FACTOR_TITLES[factor], "seconds")
+
+
+def to_residual(result: Result) -> Figure | None:
+    """Residual against time, of the cases that differ in their target."""
+
+    def point(case: Result, entry: Result) -> tuple[float, float, tuple[float, float]]:
+        return entry["seconds"]["median"], entry["verified"]["residual"], (0.0, 0.0)
+
+    targets = [case for case in result["cases"] if "steps" in case.get("factors", ())]
+    shapes = [case["shape"] for case in targets]
+    modes = {case["mode"] for case in targets}
+    # The suite's own target is a case of its shape too.
+    cases = [c for c in result["cases"] if c["shape"] in shapes and c["mode"] in modes]
+    return _curves(
+        result, cases if targets else [], point, "seconds", "worst relative residual", by="target"
+    )
+
+
+def roofline(result: Result) -> Figure | None:
+    """Operations per second against operations per byte, under the measured ceilings."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for case in result["cases"]:
+        for name, entry in case["contenders"].items():
+            if work := entry.get("work"):
+                x = work["operations"] / work["bytes"]
+                points.setdefault(name, []).append((x, work["operations_per_second"]))
+    if not points or not result.get("peaks"):
+        return None
+    figure, (axes,) = _panels(1, 1)
+    low = min(x for found in points.values() for x, _ in found) / 2
+    high = max(x for found in points.values() for x, _ in found) * 2
+    for index, (threads, peaks) in enumerate(result["peaks"].items()):
+        style = LINES[index % len(LINES)]
+        for rate in (key for key in peaks if key != "copy"):
+            ridge = [low, max(low, min(high, peaks[rate] / peaks["copy"])), high]
+            roof = [min(peaks["copy"] * x, peaks[rate]) for x in ridge]
+            axes.plot(ridge, roof, color="#555555", linestyle=style, linewidth=1)
+            axes.annotate(f"{rate}, {threads}t", (high, roof[-1]), ha="right", va="bottom",
+                          fontsize="x-small")  # fmt: skip
+    for index, (name, found) in enumerate(points.items()):
+        axes.plot(*zip(*found, strict=True), linestyle="", label=name, alpha=0.8, **_point(index))
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte",
+             ylabel="operations per second")  # fmt: skip
+    return _finish(figure, axes.get_legend_handles_labels()[0], result)
+
+
+def _ratio(entry: Result) -> tuple[float, float, float] | None:
+    ratio = entry["ratio"]
+    return None if ratio is None else (ratio["median"], ratio["p20"], ratio["p80"])
+
+
+def _megabytes(entry: Result) -> tuple[float, float, float] | None:
+    if not entry.get("memory"):
+        return None
+    value = entry["memory"]["bytes"] / 1e6
+    return value, value, value
+
+
+def _bars(
+    result: Result, label: str, value: Callable[[Result], tuple[float, float, float] | None],
+    reference: float | None = None, with_reference: bool = False,
+) -> Figure | None:  # fmt: skip
+    """Groups of bars by case: a row of panels per thread count, a column per mode."""
+    cases = [case for case in result["cases"] if "steps" not in case.get("factors", ())]
+    names = _names(cases, None if with_reference else result["reference"])
+    if not any(value(entry) for case in cases for entry in case["contenders"].values()):
+        return None
+    modes = list(dict.fromkeys(case["mode"] for case in cases))
+    counts = sorted({case["threads"] for case in cases})
+    groups = {
+        key: [case for case in cases if (case["threads"], case["mode"]) == key]
+        for key in ((threads, mode) for threads in counts for mode in modes)
+    }
+    longest = max(map(len, groups.values()))
+    if longest > MOST_BARS:
+        return None
+    figure, panels = _panels(len(counts), len(modes), width=max(5.5, 0.25 * longest * len(names)))
+    for axes, ((threads, mode), found) in zip(panels, groups.items(), strict=True):
+        width = 0.8 / max(len(names), 1)
+        for index, name in enumerate(names):
+            style = _fill(index)
+            for place, case in enumerate(found):
+                entry = case["contenders"].get(name, {"status": "not measured"})
+                at = place + (index - (len(names) - 1) / 2) * width
+                _bar(axes, at, width, value(entry) if "seconds" in entry else None, entry, style)
+        if reference is not None:
+            axes.axhline(reference, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(found)), [_tick(case) for case in found], fontsize="small")
+        axes.set_title(f"{MODE_TITLES.get(mode, mode)}, {threads}t", fontsize="medium")
+        axes.set_ylabel(label)
+    handles = [Patch(label=name, **_fill(index)) for index, name in enumerate(names)]
+    return _finish(figure, handles, result)
+
+
+def _bar(
+    axes: Axes, at: float, width: float, value: tuple[float, float, float] | None, entry: Result,
+    style: dict[str, Any],
+) -> None:  # fmt: skip
+    """One bar with its figure, or the word that says why there is none."""
+    if value is None:
+        mark = entry["status"] if entry["status"] != "ok" else "not measured"
+        axes.text(at, 0, f" {mark}", rotation=90, ha="center", va="bottom", fontsize="xx-small")
+        return
+    middle, low, high = value
+    spread = [[middle - low], [high - middle]] if high > low else None
+    axes.bar(at, middle, width, yerr=spread, error_kw={"elinewidth": 1, "capsize": 2}, **style)
+    axes.text(at, high, f"{middle:.3g}", ha="center", va="bottom", fontsize="xx-small")
+
+
+def _curves(
+    result: Result, cases: Sequence[Result],
+    point: Callable[[Result, Result], tuple[float, float, tuple[float, float]]],
+    xlabel: str, ylabel: str, by: str = "",
+) -> Figure | None:  # fmt: skip
+    """A line per contender through its points in order, a panel per thread count and mode."""
+    keys = list(dict.fromkeys((case["threads"], case["mode"]) for case in cases))
+    names = _names(cases, None)
+    drawn = 0
+    if not keys:
+        return None
+    figure, panels = _panels(1, len(keys))
+    for axes, key in zip(panels, keys, strict=True):
+        found = [case for case in cases if (case["threads"], case["mode"]) == key]
+        if by:
+            found.sort(key=lambda case: case.get(by) or 0.0)
+        for index, name in enumerate(names):
+            timed = [
+                (case, case["contenders"][name])
+                for case in found
+                if case["contenders"].get(name, {}).get("seconds") is not None
+            ]
+            points = [point(case, entry) for case, entry in timed]
+            if not by:
+                points.sort()
+            if not points:
+                axes.plot([], [], label=f"{name} (not measured)", color=COLOURS[index % 7])
+                continue
+            drawn += 1
+            x, y, spread = zip(*points, strict=True)
+            errors = list(zip(*spread, strict=True)) if any(map(any, spread)) else None
+            axes.errorbar(x, y, errors, label=name, capsize=2, linestyle=LINES[index % 4],
+                          **_point(index))  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(f"{MODE_TITLES.get(key[1], key[1])}, {key[0]}t", fontsize="medium")
+        axes.grid(color="#DDDDDD")
+    if not drawn:
+        return None
+    return _finish(figure, panels[0].get_legend_handles_labels()[0], result)
+
+
+def _names(cases: Sequence[Result], without: str | None) -> list[str]:
+    """Contenders that ran in some case, in the order of the records."""
+    names = dict.fromkeys(name for case in cases for name in case["contenders"])
+    ran = {
+        name
+        for case in cases
+        for name, entry in case["contenders"].items()
+        if entry["status"] != "unavailable"
+    }
+    return [name for name in names if name in ran and name != without]
+
+
+def _point(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def _fill(index: int) -> dict[str, Any]:
+    hatch = HATCHES[index // len(COLOURS) % len(HATCHES)]
+    return {"facecolor": COLOURS[index % len(COLOURS)], "hatch": hatch, "edgecolor": "white"}
+
+
+def _tick(case: Result) -> str:
+    batch, dim, num_modalities = case["shape"]
+    return f"B={batch}\nd={dim} N={num_modalities}"
+
+
+def _panels(rows: int, columns: int, width: float = 5.5) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * columns, 1.0 + 3.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def _finish(figure: Figure, handles: Sequence[Any], result: Result) -> Figure:
+    """Adds the legend and the line that says where the figures come from."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False,
+                  fontsize="small")  # fmt: skip
+    figure.suptitle(results.describe(result), fontsize="small")
+    return figure

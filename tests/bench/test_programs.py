@@ -1,0 +1,84 @@
+"""Contenders that keep no adjoint, the Triton programs, interpreted: verified by true gradients."""
+
+import dataclasses
+
+import pytest
+
+from deqfusion.bench import contenders, suites, warm, work
+from deqfusion.bench.contenders import BACKWARD, FORWARD
+from deqfusion.bench.contenders.ours_programs import OursPrograms
+from deqfusion.bench.problem import Problem, Shape
+from deqfusion.bench.trial import Trial, Truth
+from deqfusion.kernels.config import SCHEDULES
+
+pytest.importorskip("triton", reason="the GPU programs need Triton")
+
+
+def test_programs_are_verified():
+    trial = Trial("ours_row", Problem(Shape(2, 16, 1)), 1e-3, (BACKWARD,))
+    assert (trial.status, trial.reason) == ({BACKWARD: "ok"}, {BACKWARD: ""})
+    found = trial.found[BACKWARD]
+    assert found["residual"] <= 1e-3
+    assert found["gradient_error"] <= trial.truth.allowed
+    # The programs do not tell the steps of their adjoints, so that nothing is counted of them.
+    assert set(found["steps"]) == {"modality", "fusion"}
+    assert work.count(trial.problem.shape, BACKWARD, trial.evaluations[BACKWARD],
+                      found["steps"], trial.contender.memory) is None  # fmt: skip
+
+
+def test_wrong_gradients_are_seen():
+    """What has no adjoint to be checked by is held against gradients solved in fp64."""
+    problem = Problem(Shape(4, 16, 1))
+    trial = Trial("ours_reference", problem, 1e-3, (FORWARD, BACKWARD))
+    answer = dataclasses.replace(trial.contender.run(BACKWARD), adjoint=None)
+    assert trial.verify(BACKWARD, answer)
+    assert trial.found[BACKWARD]["gradient_error"] <= trial.truth.allowed
+    wrong = {name: value * 1.5 for name, value in answer.gradients().items()}
+    assert not trial.verify(BACKWARD, dataclasses.replace(answer, gradients=lambda: wrong))
+
+
+def test_truth_is_shared():
+    problem = Problem(Shape(4, 16, 1))
+    truth = Truth(problem, 1e-3)
+    assert Trial("textbook", problem, 1e-3, truth=truth).truth is truth
+    # Nobody asked for it: it was not solved.
+    assert "gradients" not in truth.__dict__
+
+
+def test_every_schedule_and_precision_is_a_contender():
+    known = contenders.contenders()
+    for schedule in SCHEDULES:
+        for suffix, precision in (("", "highest"), ("_high", "high"), ("_medium", "medium")):
+            kind = known[f"ours_{schedule}{suffix}"]
+            assert issubclass(kind, OursPrograms)
+            assert (kind.schedule, kind.precision) == (schedule, precision)
+            assert not kind.baseline
+    for suite in suites.SUITES.values():
+        assert set(suite.contenders) | set(suite.on_gpu) <= set(known)
+
+
+def test_parts_that_warm_caches_cover_every_pair_once(monkeypatch):
+    seen = []
+    kinds = contenders.contenders()
+    for name in ("textbook", "ours", "ours_row"):
+        monkeypatch.setattr(
+            kinds[name], "run",
+            lambda self, mode: seen.append((self.name, self.problem.shape.batch, mode)),
+        )  # fmt: skip
+    suite = suites.Suite(
+        "test", suites.cases(Shape(20, 16, 1), Shape(30, 32, 1)),
+        ("textbook", "textbook_cudagraph", "ours", "ours_row"), device="cpu",
+    )  # fmt: skip
+    ran = [warm.warm(suite, part, 3) for part in range(3)]
+    # What cannot run here is left out; programs of ours are the same for any rows, and run on few.
+    assert sum(ran) == 6
+    assert len(seen) == len(set(seen)) + 4 == 12
+    assert {(name, rows) for name, rows, _ in seen} == {
+        ("textbook", 20), ("textbook", 30), ("ours", 16), ("ours_row", 16),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "3", "2/2", "-1/2", "a/b", "1/0"])
+def test_parts_that_do_not_parse(text):
+    with pytest.raises(ValueError, match="--warm must be K/OF"):
+        warm.parse(text)
