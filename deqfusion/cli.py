@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("deqfusion.tasks", "train a model on a task's data"),
     "evaluate": ("deqfusion.tasks", "evaluate a checkpoint"),
     "bench": ("deqfusion.bench", "time equilibrium fusion against other implementations"),
+    "autotune": (
+        "deqfusion.tuning.command",
+        "find what solves fastest on this device, and keep it for later runs",
+    ),
     "doctor": ("deqfusion.doctor", "say what is installed, what runs where, and whether it works"),
 }
 
