@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def features(model: DEQFusion, rows: int = 20) -> torch.Tensor:
 
 
 def tune(model: DEQFusion, x: torch.Tensor, **options) -> Tuned:
-    return autotune(model, x, **{"budget": 5, "progress": False, **options})
+    return autotune(model, x, **{"budget": 60, "progress": False, **options})
 
 
 # --- on a CPU ------------------------------------------------------------------------------------
@@ -251,6 +252,18 @@ def test_what_raises_is_out():
     assert trial.fault.startswith("ValueError: memory: got -1")
     assert run.of("host") == []
     assert run.best_solver() == (5, True)
+
+
+def test_a_short_search_does_not_lose_what_a_long_one_found(monkeypatch, store):
+    """What is stored is tried after the default, whatever the time."""
+    model = layer()
+    x = features(model)
+    found = tune(model, x, budget=1, backward=False)
+    best = replace(found.entries[0].best, config=Host(0.625))
+    tuning.save([replace(found.entries[0], best=best)], found.file)
+    monkeypatch.setattr(search, "clock", Clock())
+    found = tune(model, x, budget=1, backward=False)
+    assert {t.way.config for t in found.trials} == {Host(0.75), Host(0.625)}
 
 
 @pytest.mark.parametrize("at", [1, 3, 9])

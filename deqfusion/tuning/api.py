@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def autotune(
             file = Path(folder) / file.name
         tuning.prepare(file)
     with _bar(budget, progress) as report:
-        run = search.Search(example, budget, begin, report)
+        run = search.Search(example, budget, begin, report, _stored(example, programs, name))
         interrupted = False
         try:
             run.programs() if programs else run.host()
@@ -139,6 +140,16 @@ def _device_name(device: torch.device, programs: bool) -> str:
     from deqfusion.kernels.launch import device_name
 
     return device_name(device)
+
+
+def _stored(example: Example, programs: bool, name: str) -> dict[str, tuning.Choice]:
+    """What was found before, by solve."""
+    found = {}
+    for solve in example.solves if programs else ("host",):
+        choice = tuning.lookup(name, *astuple(example.problem(solve)))
+        if choice is not None:
+            found[solve] = choice
+    return found
 
 
 def _conclude(

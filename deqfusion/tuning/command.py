@@ -134,7 +134,8 @@ def report(found: Tuned, layer: DEQFusion, rows: int) -> None:
     if not found.entries and not found.predicted:
         print("nothing met the tolerance: nothing is kept")
     if found.speedup is not None:
-        print(f"{found.speedup:.2f} times as fast as the default")
+        count = len(found.trials)
+        print(f"{found.speedup:.2f} times as fast as the default, of {count} ways tried")
     if found.solver != layer.solver:
         print(f"set by you: DEQFusion(solver={found.solver})")
     if found.file is not None:

@@ -89,8 +89,10 @@ class Tuned:
     def table(self, most: int = 8) -> str:
         """The trials as text, `most` of each solve; * marks the best."""
         best = {(e.problem.solve, e.best) for e in self.entries}
-        heads = "predicted us" if self.predicted else "cold us"
-        lines = [f"  {'solve':<17}{'choice':<44}{'residual':>9}{heads:>13}{'warm us':>10}"]
+        times = [t.seconds for t in self.trials if t.seconds is not None]
+        unit, scale = ("ms", 1e3) if times and min(times) > 1e-3 else ("us", 1e6)
+        heads = f"predicted {unit}" if self.predicted else f"cold {unit}"
+        lines = [f"  {'solve':<17}{'choice':<44}{'residual':>9}{heads:>13}{f'warm {unit}':>10}"]
         shown: dict[str, int] = {}
         for trial in self.trials:
             solve = trial.way.solve
@@ -99,15 +101,15 @@ class Tuned:
             if shown[solve] > most and not (trial.default or won):
                 continue
             residual = "" if trial.residual is None else f"{trial.residual:.1e}"
-            times = "".join(
-                f"{'' if t is None else f'{1e6 * t:.1f}':>{width}}"
+            columns = "".join(
+                f"{'' if t is None else f'{scale * t:.1f}':>{width}}"
                 for t, width in ((trial.seconds, 13), (trial.warm, 10))
             )
             note = ("  default" if trial.default else "") + (
                 f"  {trial.fault}" if trial.fault else ""
             )
             mark = "*" if won else " "
-            lines.append(f"{mark} {solve:<17}{words(trial.way):<44}{residual:>9}{times}{note}")
+            lines.append(f"{mark} {solve:<17}{words(trial.way):<44}{residual:>9}{columns}{note}")
         return "\n".join(lines)
 
 

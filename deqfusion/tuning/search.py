@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from deqfusion.kernels.tuning import SOLVES, Host
+from deqfusion.kernels.tuning import SOLVES, Choice, Host
 from deqfusion.reference.iterate import COMPACT_BELOW
 from deqfusion.reference.solve import LADDER_WIDTH, bfloat16_instructions
 from deqfusion.solvers import Anderson
@@ -52,6 +52,8 @@ class Search:
         budget: seconds from `begin` on.
         begin: by `clock`.
         progress: called with the seconds passed and a line on what is being done.
+        stored: by solve what was found before, which is tried after the default, so that a short
+            search does not lose what a long one found.
 
     Attributes:
         trials: of every way so far, the default of every solve first.
@@ -60,9 +62,10 @@ class Search:
 
     def __init__(
         self, example: Example, budget: float, begin: float,
-        progress: Callable[[float, str], object],
+        progress: Callable[[float, str], object], stored: Mapping[str, Choice] | None = None,
     ) -> None:  # fmt: skip
         self.example, self.budget, self.begin, self.progress = example, budget, begin, progress
+        self.stored = stored or {}
         self.trials: list[Trial] = []
         self.memory: int | None = None
         self._calls: dict[int, Callable[[], Any]] = {}
@@ -103,6 +106,13 @@ class Search:
             text = str(error).splitlines() or [""]
             trial.fault = f"{type(error).__name__}: {text[0]}"
         return trial
+
+    def _known(self, solve: str, default: Choice, memory: int, ladder: bool) -> None:
+        """Screens the default and what was found before, whatever the time."""
+        self.screen(Way(solve, default, memory, ladder), default=True)
+        stored = self.stored.get(solve, default)
+        if stored != default:
+            self.screen(Way(solve, stored, memory, ladder))
 
     def _verify(self, trial: Trial) -> None:
         call = self.example.call(trial.way)
@@ -188,7 +198,7 @@ class Search:
         """Memory, ladder and compaction of the CPU implementation, one after the other."""
         until = SCREENED * self.budget
         own = self.example.own
-        self.screen(Way("host", Host(COMPACT_BELOW), *own), default=True)
+        self._known("host", Host(COMPACT_BELOW), *own)
         for stage in (self._memories, self._ladders, self._compactions):
             for way in stage(self._best_on_host()):
                 if self.passed > until:
@@ -225,7 +235,7 @@ class Search:
         for index, solve in enumerate(e.solves):
             until = SCREENED * self.budget * (index + 1) / len(e.solves)
             memory, ladder = e.own_of(solve)
-            self.screen(Way(solve, self._default(solve), memory, ladder), default=True)
+            self._known(solve, self._default(solve), memory, ladder)
             queue = queues[solve]
             # One of every memory first: all are to be compared.
             first = [next(c for c in queue if c.memory == m) for m in memories[solve]]
