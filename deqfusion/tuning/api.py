@@ -85,9 +85,8 @@ def autotune(
     name = _device_name(example.device, programs)
     file = None
     if save:
-        file = tuning.user_file(name)
-        if folder is not None:
-            file = Path(folder) / file.name
+        whole = f"{tuning.slug(name)}.json"
+        file = tuning.user_file(name) if folder is None else Path(folder) / whole
         tuning.prepare(file)
     with _bar(budget, progress) as report:
         run = search.Search(example, budget, begin, report, _stored(example, programs, name))
