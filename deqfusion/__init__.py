@@ -12,6 +12,7 @@ from deqfusion.adjoint import Implicit, OneStep, Phantom, Unroll
 from deqfusion.module import DEQFusion
 from deqfusion.solution import ConvergenceError, Equilibrium, SolveStats, Status
 from deqfusion.solvers import Anderson, Broyden, Picard, ToleranceSchedule
+from deqfusion.tuning import autotune
 
 __version__ = "0.1.0"
 
@@ -30,4 +31,5 @@ __all__ = [
     "ToleranceSchedule",
     "Unroll",
     "__version__",
+    "autotune",
 ]

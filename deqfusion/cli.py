@@ -28,6 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("deqfusion.tasks", "evaluate a checkpoint"),
     "bench": ("deqfusion.bench", "time equilibrium fusion against other implementations"),
     "plot": ("deqfusion.bench", "draw a result of bench again"),
+    "autotune": (
+        "deqfusion.tuning.command",
+        "find what solves fastest on this device, and keep it for later runs",
+    ),
     "doctor": ("deqfusion.doctor", "say what is installed, what runs where, and whether it works"),
 }
 

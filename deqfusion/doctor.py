@@ -24,6 +24,7 @@ import deqfusion
 import deqfusion.kernels as kernels
 from deqfusion import ops
 from deqfusion.bench.environment import cpu_model
+from deqfusion.kernels import tuning
 from deqfusion.reference.solve import bfloat16_instructions
 
 __all__ = ["collect", "register_commands", "render", "run", "self_test"]
@@ -31,6 +32,7 @@ __all__ = ["collect", "register_commands", "render", "run", "self_test"]
 PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "scikit-learn", "matplotlib")
 VARIABLES = (
     "DEQFUSION_BACKEND",
+    "DEQFUSION_CACHE",
     "TRITON_INTERPRET",
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -141,6 +143,22 @@ def ladder() -> dict[str, Any]:
     return {"on": kind is not None, "reason": reason}
 
 
+def tuned(found_gpus: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the files of tuned choices that are in force, by name of the device.
+
+    Returns:
+        For the processor and every GPU a list of ``file`` and ``entries``, their number; empty
+        where the defaults are used.
+    """
+    names = dict.fromkeys((tuning.host_name(), *(gpu["name"] for gpu in found_gpus)))
+    return {
+        name: [
+            {"file": str(path), "entries": entries} for path, entries in tuning.in_force(name)
+        ]
+        for name in names
+    }  # fmt: skip
+
+
 def self_test(device: str) -> dict[str, Any]:
     """Solve a small problem forward and backward, and check the answer in float64.
 
@@ -247,6 +265,7 @@ def collect() -> dict[str, Any]:
         "operators": registered,
         "implementations": implementations(registered),
         "ladder": ladder(),
+        "tuned": tuned(found_gpus),
         "self_test": {
             device: self_test(device) for device in ("cpu", *(gpu["device"] for gpu in found_gpus))
         },
@@ -286,6 +305,10 @@ def render(report: dict[str, Any]) -> str:
         lines.append(("runs on", f"{device}: {answer['implementation']} ({answer['reason']})"))
     switch = "on" if report["ladder"]["on"] else "off"
     lines.append(("ladder", f"{switch}: {report['ladder']['reason']}"))
+    for name, files in report["tuned"].items():
+        texts = [f"{file['entries']} entries of {file['file']}" for file in files]
+        nothing = "nothing, the defaults are used (`deqfusion autotune` measures)"
+        lines.append(("tuned", f"{name}: {', '.join(texts) or nothing}"))
     for device, test in report["self_test"].items():
         if test["ok"]:
             text = (

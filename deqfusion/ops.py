@@ -13,7 +13,9 @@ Schemas are functional, take plain values and tensors, and never alias an input.
 features decides the implementation: CPU tensors the PyTorch reference, CUDA (and ROCm) tensors the
 Triton programs (`deqfusion.programs`). There is no fallback: what the programs do not have
 (float64, Broyden, memory above 8) is an error there. `joint_equilibrium`, which is for comparison,
-is the reference on either. `DEQFUSION_BACKEND` overrides: "reference" everywhere (on CUDA without
+is the reference on either. What was tuned for the device (`deqfusion.kernels.tuning`) is looked up:
+the programs' configurations, and on a CPU when rows that ended leave the work. `DEQFUSION_BACKEND`
+overrides: "reference" everywhere (on CUDA without
 any synchronisation), "triton" the programs on CPU tensors too, in Triton's interpreter. The
 autograd formulas are in `deqfusion.functional`.
 """
@@ -21,20 +23,21 @@ autograd formulas are in `deqfusion.functional`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deqfusion import programs
+from deqfusion.kernels import tuning
 from deqfusion.reference import adjoint, joint, solve
 from deqfusion.reference import injection as inputs
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.reference.solve import SolverOptions
 
-__all__ = ["BACKENDS", "backend", "checked_implementation", "implementation"]
+__all__ = ["BACKENDS", "backend", "checked_implementation", "compacting", "implementation"]
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -65,6 +68,8 @@ _SCHEMAS = {
     "joint_equilibrium": f"(Tensor x, Tensor injection, Tensor? init, Tensor? present, {_MASKS}, "
     f"{_MODALITY}, {_FUSION}, {_CELL}, {_SOLVER}, Tensor? tolerance, bool record) -> {_SOLUTION}",
 }
+
+_compact_below: float | None = None
 
 _M, _F = len(ModalityParameters._fields), len(FusionParameters._fields)
 _C, _S = len(CellOptions._fields), 1
@@ -124,6 +129,37 @@ def _triton(x: Tensor) -> bool:
     return checked_implementation(x.device) == "triton"
 
 
+@contextmanager
+def compacting(below: float) -> Iterator[None]:
+    """On a CPU rows that ended leave the work when fewer than this share still run.
+
+    For the whole process, and in place of what was tuned.
+    """
+    global _compact_below
+    before, _compact_below = _compact_below, below
+    try:
+        yield
+    finally:
+        _compact_below = before
+
+
+def _on_host(o: SolverOptions, x: Tensor, modalities: int, cell: CellOptions) -> SolverOptions:
+    """The options of a solve of features x (..., R, d) with what this processor is to do."""
+    if x.device.type != "cpu":
+        return o
+    below = _compact_below
+    if below is None:
+        rows, dim = x.shape[-2:]
+        found = tuning.lookup(
+            tuning.host_name(), "host", dim, cell.num_groups, modalities,
+            str(x.dtype).removeprefix("torch."), tuning.bucket(rows),
+        )  # fmt: skip
+        if not isinstance(found, tuning.Host):
+            return o
+        below = found.compact_below
+    return o._replace(compact_below=below)
+
+
 # --- what each operator computes -----------------------------------------------------------------
 
 
@@ -156,20 +192,23 @@ def _modality_equilibrium(
     x: Tensor, init: Tensor | None, present: Tensor | None, packed: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     p, c, s, (tolerance, record) = _split(rest, _M, _C, _S)
-    values = ModalityParameters(*p), CellOptions(*c), SolverOptions.decode(*s), tolerance, record
+    values = ModalityParameters(*p), CellOptions(*c)
+    o, how = SolverOptions.decode(*s), (tolerance, record)
     if _triton(x):
-        return programs.solve_modality(x, init, present, packed, *values)
-    return tuple(solve.solve_modality(x, init, present, *values))
+        return programs.solve_modality(x, init, present, packed, *values, o, *how)
+    o = _on_host(o, x, x.shape[0], values[1])
+    return tuple(solve.solve_modality(x, init, present, *values, o, *how))
 
 
 def _modality_adjoint(
     gradient: Tensor, z: Tensor, status: Tensor, x: Tensor, present: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     p, c, s, _ = _split(rest, _M, _C, _S)
-    values = ModalityParameters(*p), CellOptions(*c), SolverOptions.decode(*s)
+    values, o = (ModalityParameters(*p), CellOptions(*c)), SolverOptions.decode(*s)
     if _triton(x):
-        return programs.adjoint_modality(gradient, z, status, x, present, *values)
-    dx, grads, outcome = adjoint.adjoint_modality(gradient, z, status, x, present, *values)
+        return programs.adjoint_modality(gradient, z, status, x, present, *values, o)
+    o = _on_host(o, x, x.shape[0], values[1])
+    dx, grads, outcome = adjoint.adjoint_modality(gradient, z, status, x, present, *values, o)
     return dx, *grads, *outcome[1:]
 
 
@@ -178,12 +217,14 @@ def _fusion_equilibrium(
     gate_mask: Tensor | None, fusion_mask: Tensor | None, packed: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p, c, s, (tolerance, record) = _split(rest, _F, _C, _S)
-    values = FusionParameters(*p), CellOptions(*c), SolverOptions.decode(*s), tolerance, record
+    values = FusionParameters(*p), CellOptions(*c)
+    o, how = SolverOptions.decode(*s), (tolerance, record)
     tensors = modalities, injection, modality_status, init, gate_mask, fusion_mask
     if _triton(injection):
-        solution = programs.solve_fusion(*tensors, packed, *values)
+        solution = programs.solve_fusion(*tensors, packed, *values, o, *how)
     else:
-        solution = tuple(solve.solve_fusion(*tensors, *values))
+        o = _on_host(o, injection, modalities.shape[0], values[1])
+        solution = tuple(solve.solve_fusion(*tensors, *values, o, *how))
     return tuple(t.squeeze(0) for t in solution)
 
 
@@ -192,11 +233,12 @@ def _fusion_adjoint(
     gate_mask: Tensor | None, fusion_mask: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p, c, s, _ = _split(rest, _F, _C, _S)
-    values = FusionParameters(*p), CellOptions(*c), SolverOptions.decode(*s)
+    values, o = (FusionParameters(*p), CellOptions(*c)), SolverOptions.decode(*s)
     tensors = gradient, z, status, modalities, injection, gate_mask, fusion_mask
     if _triton(injection):
-        return programs.adjoint_fusion(*tensors, *values)
-    dm, dx, grads, outcome = adjoint.adjoint_fusion(*tensors, *values)
+        return programs.adjoint_fusion(*tensors, *values, o)
+    o = _on_host(o, injection, modalities.shape[0], values[1])
+    dm, dx, grads, outcome = adjoint.adjoint_fusion(*tensors, *values, o)
     return dm, dx, *grads, *(t.squeeze(0) for t in outcome[1:])
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "inject_adjoint",
     "solve_fusion",
     "solve_modality",
+    "solve_options",
 ]
 
 _ELSE = "DEQFUSION_BACKEND=reference runs it"
@@ -84,7 +85,7 @@ def _schedules() -> str:
     return f"the Triton programs (schedules {', '.join(SCHEDULES)})"
 
 
-def _options(o: SolverOptions, x: Tensor) -> Any:
+def solve_options(o: SolverOptions, x: Tensor) -> Any:
     """A solver as the programs take it.
 
     Raises:
@@ -160,8 +161,8 @@ def solve_modality(
     from deqfusion.kernels import solves
 
     return solves.solve_modality(
-        x.contiguous(), p, cell.num_groups, cell.skip, _options(o, x), init=init, present=present,
-        tolerance=tolerance, record=record, weights=packed,
+        x.contiguous(), p, cell.num_groups, cell.skip, solve_options(o, x), init=init,
+        present=present, tolerance=tolerance, record=record, weights=packed,
     )  # fmt: skip
 
 
@@ -173,7 +174,7 @@ def adjoint_modality(
     from deqfusion.kernels import solves
 
     dx, gradients, outcome = solves.adjoint_modality(
-        gradient, z, status, x.contiguous(), p, cell.num_groups, cell.skip, _options(o, x),
+        gradient, z, status, x.contiguous(), p, cell.num_groups, cell.skip, solve_options(o, x),
         present=present,
     )  # fmt: skip
     return dx, *gradients, *outcome
@@ -190,7 +191,7 @@ def solve_fusion(
 
     solution = solves.solve_fusion(
         modalities, injection.contiguous(), p, cell.num_groups, cell.gate, cell.gate_input,
-        cell.tail, _options(o, injection), modality_status=modality_status, init=init,
+        cell.tail, solve_options(o, injection), modality_status=modality_status, init=init,
         gate_mask=gate_mask, fusion_mask=fusion_mask, tolerance=tolerance, record=record,
         weights=packed,
     )  # fmt: skip
@@ -207,7 +208,7 @@ def adjoint_fusion(
 
     dm, dx, gradients, outcome = solves.adjoint_fusion(
         gradient, z, status, modalities, injection.contiguous(), p, cell.num_groups, cell.gate,
-        cell.gate_input, cell.tail, _options(o, injection), gate_mask=gate_mask,
+        cell.gate_input, cell.tail, solve_options(o, injection), gate_mask=gate_mask,
         fusion_mask=fusion_mask,
     )  # fmt: skip
     return dm, dx, *gradients, *(t.squeeze(0) for t in outcome)

@@ -13,7 +13,8 @@
     modality_adjoint, fusion_adjoint    their gradients, up to those of the parameters
     gradients         gradients of the parameters
     launch, solves    the same as functions of tensors
-    cost              what a solve should cost on a device
+    cost, candidates  what a solve should cost on a device, and what to try for one
+    tuning            what was found to be best
     targets           programs compiled ahead of time, and what they need
 
 This package imports nothing of ``deqfusion``, and no Triton until asked, so that it can be

@@ -112,6 +112,11 @@ class SolveOptions:
         """Whether there are two kinds of steps."""
         return self.packs_low and self.precision != "low"
 
+    @property
+    def products(self) -> str:
+        """Precisions of the products, as tuned entries name them."""
+        return self.precision + ("+low" if self.climbs else "")
+
 
 def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128) -> Config:
     """What runs where nothing was tuned.

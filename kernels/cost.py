@@ -178,6 +178,12 @@ def predict(
     )
 
 
+def like(capability: int, processors: int) -> Device:
+    """Constants of the known device next to one, with its own number of multiprocessors."""
+    known = DEVICES["mi300x" if capability == 0 else "a100" if capability < 90 else "h200"]
+    return replace(known, multiprocessors=processors)
+
+
 @functools.lru_cache(maxsize=1024)
 def default_config(
     rows: int, layout: Layout, blocks: int, processors: int, *, adjoint: bool, capability: int
@@ -196,8 +202,7 @@ def default_config(
     known: dict[str, Any] = {"adjoint": adjoint, "capability": capability, "padded": layout.padded}
     if processors == 0 or rows == 0 or blocks == 0:
         return shipped("row", **known)
-    like = DEVICES["mi300x" if capability == 0 else "a100" if capability < 90 else "h200"]
-    device = replace(like, multiprocessors=processors)
+    device = like(capability, processors)
     costs: dict[Config, float] = {}
     for schedule in shipped_schedules(adjoint, capability, layout.padded):
         config = shipped(schedule, **known)

@@ -1,11 +1,13 @@
 """Launching a program: what it allocates, which schedule it gets, and what is said if it fails.
 
-Nothing is tuned here and nothing waits for the device: shapes and options decide.
+Nothing is tuned here and nothing waits for the device: shapes, options and what was tuned before
+(`kernels.tuning`) decide.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from . import tuning
 from .config import COUNTERS, MAX_PADDED, SCHEDULES, Config, SolveOptions, shipped
 from .cost import default_config
 from .layout import Layout
@@ -28,8 +31,14 @@ T = TypeVar("T")
 
 SUMS, SAVED = int(_SUMS.value), int(_SAVED.value)
 
+logger = logging.getLogger(__name__)
+
 _asked: Config | str | None = None
 _held: dict[tuple[Any, ...], int] = {}
+_watching: list[Compiled] | None = None
+_refused: set[tuple[str, str, Config]] = set()
+"""Tuned configurations that did not compile: device, solve, config."""
+_told = False
 
 
 @contextmanager
@@ -46,6 +55,28 @@ def using(config: Config | str) -> Iterator[None]:
         _asked = before
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """What a program that was launched needs: per thread registers and spilled bytes or words, as
+    Triton counts, and bytes of shared memory."""
+
+    name: str
+    registers: int
+    spills: int
+    shared: int
+
+
+@contextmanager
+def watching() -> Iterator[list[Compiled]]:
+    """Collects what the programs launched meanwhile need; nothing in the interpreter."""
+    global _watching
+    before, _watching = _watching, []
+    try:
+        yield _watching
+    finally:
+        _watching = before
+
+
 def product_precision(precision: str) -> str:
     """What the device functions are told for an option of `kernels.config.PRECISIONS`."""
     return "rounded" if precision == "low" and interpreted() else precision
@@ -57,6 +88,14 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """What tuned files call a device."""
+    if device.type != "cuda":
+        return "Triton interpreter"
+    return torch.cuda.get_device_name(device)
 
 
 @functools.cache
@@ -74,6 +113,8 @@ class Plan:
 
     Attributes:
         layout, blocks, rows, options, config, device: what was asked for.
+        solve, modalities: which of `kernels.tuning.SOLVES`, and N.
+        tuned: whether the config is a tuned one.
         size: R', R rounded up to whole programs; programs: along the rows.
     """
 
@@ -83,13 +124,18 @@ class Plan:
     options: SolveOptions
     config: Config
     device: torch.device
+    solve: str
+    modalities: int
+    tuned: bool = False
 
     @staticmethod
     def new(
         layout: Layout, blocks: int, rows: int, options: SolveOptions, config: Config | None,
-        device: torch.device, adjoint: bool = False,
+        device: torch.device, solve: str, modalities: int,
     ) -> Plan:  # fmt: skip
         """Checks the width and chooses a config where none is given.
+
+        The one of `using`, else the one tuned for the device, else what the cost model says.
 
         Raises:
             ValueError: for a group wider than a tile may be, and for programs that would wait for
@@ -104,20 +150,23 @@ class Plan:
         asked = config or _asked
         if isinstance(asked, str):
             asked = shipped(
-                asked, adjoint=adjoint, capability=capability(device), padded=layout.padded
-            )
-        config = asked
-        if config is None:
-            config = default_config(
-                rows, layout, blocks, processors(device), adjoint=adjoint,
-                capability=capability(device),
+                asked, adjoint="adjoint" in solve, capability=capability(device),
+                padded=layout.padded,
             )  # fmt: skip
-        if config.schedule == "cooperative" and layout.groups > 1 and interpreted():
+        tuned = False
+        if asked is None:
+            asked = _tuned(device, solve, layout, modalities, options, rows)
+            tuned = asked is not None
+            if not tuned and device.type == "cuda" and rows and blocks:
+                _tell_untuned(device, solve, rows, layout)
+        if asked is None:
+            asked = untuned(rows, layout, blocks, device, solve)
+        if _would_wait(asked, layout):
             raise ValueError(
                 f"schedule: got cooperative with {layout.groups} groups in Triton's interpreter, "
                 "expected row or step (with one group, cooperative as well)"
             )
-        return Plan(layout, blocks, rows, options, config, device)
+        return Plan(layout, blocks, rows, options, asked, device, solve, modalities, tuned)
 
     @property
     def programs(self) -> int:
@@ -269,12 +318,57 @@ class Ended:
         return False
 
 
+def _tuned(
+    device: torch.device, solve: str, layout: Layout, modalities: int, options: SolveOptions,
+    rows: int,
+) -> Config | None:  # fmt: skip
+    """What was tuned for this device, where that is known and compiles."""
+    name = device_name(device)
+    found = tuning.lookup(
+        name, solve, layout.dim, layout.groups, modalities, options.products, tuning.bucket(rows)
+    )
+    if not isinstance(found, Config) or (name, solve, found) in _refused:
+        return None
+    return None if _would_wait(found, layout) else found
+
+
+def _would_wait(config: Config, layout: Layout) -> bool:
+    """Whether programs would wait for one another in the interpreter: it runs one after another."""
+    return config.schedule == "cooperative" and layout.groups > 1 and interpreted()
+
+
+def untuned(rows: int, layout: Layout, blocks: int, device: torch.device, solve: str) -> Config:
+    """What runs where nothing was tuned."""
+    return default_config(
+        rows, layout, blocks, processors(device), adjoint="adjoint" in solve,
+        capability=capability(device),
+    )  # fmt: skip
+
+
+def _tell_untuned(device: torch.device, solve: str, rows: int, layout: Layout) -> None:
+    """Says so, once in a process."""
+    global _told
+    if not _told:
+        _told = True
+        logger.warning(
+            "%s: nothing tuned for the %s of %d rows of %d, so the cost model chooses; "
+            "`deqfusion autotune` measures", device_name(device), solve, rows, layout.dim,
+        )  # fmt: skip
+
+
 class NotResident(RuntimeError):
     """A cooperative launch has more programs than the device can hold at once."""
 
 
+class NotCompiled(RuntimeError):
+    """A program cannot be compiled for the device."""
+
+
 def solved(plan: Plan, run: Callable[[Plan], T]) -> T:
-    """run(plan); a cooperative plan too large for its device runs in schedule row instead.
+    """run(plan), or a plan in its place that can run.
+
+    A cooperative plan too large for its device runs in schedule row instead; a tuned one that does
+    not compile (of other options than were tuned, or changed by hand) in the cost model's config.
 
     Raises:
         torch.OutOfMemoryError: as it is, with a note on the shape and the config.
@@ -283,6 +377,17 @@ def solved(plan: Plan, run: Callable[[Plan], T]) -> T:
         return run(plan)
     except NotResident:
         return solved(replace(plan, config=replace(plan.config, schedule="row")), run)
+    except NotCompiled as error:
+        if not plan.tuned:
+            raise
+        # The one looked up: it may have become one of schedule row since.
+        found = _tuned(
+            plan.device, plan.solve, plan.layout, plan.modalities, plan.options, plan.rows
+        )
+        _refused.add((device_name(plan.device), plan.solve, found or plan.config))
+        logger.warning("%s; so the tuned config is not used", error)
+        config = untuned(plan.rows, plan.layout, plan.blocks, plan.device, plan.solve)
+        return solved(replace(plan, config=config, tuned=False), run)
     except torch.OutOfMemoryError as error:
         error.add_note(f"in a solve of {plan.shape} with {plan.config}")
         raise
@@ -327,16 +432,15 @@ def launch(
     options = {"num_warps": config.warps, "num_stages": config.stages, **(extra or {})}
     try:
         with _compiling(kernel, arguments, config):
-            kernel[grid](*arguments, **constants, **options)
+            compiled = kernel[grid](*arguments, **constants, **options)
     except NotCompiled:
         raise
     except Exception as error:
         error.add_note(f"in {kernel.__name__} with {config}, {shape}")
         raise
-
-
-class NotCompiled(RuntimeError):
-    """A program cannot be compiled for a device."""
+    if _watching is not None and compiled is not None:
+        needs = compiled.n_regs, compiled.n_spills, compiled.metadata.shared
+        _watching.append(Compiled(kernel.__name__, *needs))
 
 
 @contextmanager

@@ -144,14 +144,14 @@ def solve_modality(
         tolerance: () float tensor in place of `options.rtol`.
         record: whether to return the trace.
         weights: of `pack`; None packs the parameters.
-        config: schedule and tiles; None: `kernels.cost.default_config`.
+        config: schedule and tiles; None: as `kernels.launch.Plan.new` chooses.
 
     Raises:
         ValueError: for a width that no schedule supports; as `launch` does.
     """
     count, rows, dim = x.shape
     layout = Layout(dim, groups)
-    plan = Plan.new(layout, count, rows, options, config, x.device)
+    plan = Plan.new(layout, count, rows, options, config, x.device, "modality", count)
 
     def run(plan: Plan) -> Solved:
         out, outcome, trace = torch.empty_like(x), _outcome(plan), _trace(plan, record)
@@ -203,7 +203,7 @@ def adjoint_modality(
     """
     count, rows, dim = x.shape
     layout = Layout(dim, groups)
-    plan = Plan.new(layout, count, rows, options, config, x.device, True)
+    plan = Plan.new(layout, count, rows, options, config, x.device, "modality adjoint", count)
 
     def run(plan: Plan) -> tuple[Tensor, list[Tensor], Linear]:
         dx, outcome = torch.empty_like(x), _outcome(plan)
@@ -285,7 +285,7 @@ def solve_fusion(
     """
     count, rows, dim = modalities.shape
     layout = Layout(dim, groups)
-    plan = Plan.new(layout, 1, rows, options, config, injection.device)
+    plan = Plan.new(layout, 1, rows, options, config, injection.device, "fusion", count)
 
     def run(plan: Plan) -> Solved:
         out = torch.empty_like(injection)
@@ -348,7 +348,7 @@ def adjoint_fusion(
     """
     count, rows, dim = modalities.shape
     layout = Layout(dim, groups)
-    plan = Plan.new(layout, 1, rows, options, config, injection.device, True)
+    plan = Plan.new(layout, 1, rows, options, config, injection.device, "fusion adjoint", count)
     shared = gate_input == "sum"
 
     def run(plan: Plan) -> tuple[Tensor, Tensor, list[Tensor], Linear]:

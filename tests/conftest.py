@@ -69,6 +69,14 @@ def poison_uninitialised_memory() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def nothing_tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave out what somebody tuned on this machine, here and in the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEQFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def few_threads() -> None:
     """Run torch with the number of threads in OMP_NUM_THREADS, 1 unless the caller set it."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))

@@ -82,7 +82,7 @@ def test_modules_register_the_commands_listed_for_them_and_no_other(module: str)
     assert set(actions[0].choices) == expected
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["autotune"], ["analyze"]])
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["analyze"]])
 def test_missing_and_unknown_commands_are_refused(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +176,7 @@ def test_mistakes_in_the_program_are_not_hidden(stand_in: Install) -> None:
         "train rosmap --data-dir nowhere --out out",
         "evaluate --data-dir nowhere --checkpoint nowhere",
         "bench --out out",
+        "autotune --dim 16 --out out --device cpu",
     ],
 )
 @pytest.mark.parametrize(

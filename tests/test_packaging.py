@@ -50,6 +50,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(
             ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
+    # Tuned configurations are data: none is shipped before a device was measured.
+    (source / "kernels" / "configs").mkdir(exist_ok=True)
+    (source / "kernels" / "configs" / "some-device.json").write_text("{}")
     out = tmp_path_factory.mktemp("dist")
     run(
         *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"),
@@ -91,7 +94,9 @@ def test_every_package_is_listed() -> None:
 
 
 def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
-    expected = {"deqfusion/py.typed"}
+    expected = {"deqfusion/py.typed", "deqfusion/kernels/configs/some-device.json"}
+    shipped = (ROOT / "kernels" / "configs").glob("*.json")
+    expected |= {f"deqfusion/kernels/configs/{path.name}" for path in shipped}
     for package in packages_on_disk():
         base = max((name for name in FOLDERS if f"{package}.".startswith(f"{name}.")), key=len)
         inside = package.split(".")[len(base.split(".")) :]

@@ -55,7 +55,6 @@ MIN_ROWS = 16
 STRIDE = 32
 """Rows in work are a multiple of this, or `MIN_ROWS`: a library keeps code of its own for every
 size of a product that it meets, and making and keeping it costs more than the rows filled in."""
-COMPACT_BELOW = 0.75
 REACH = 2.0
 FIRST_ANCHOR, ANCHOR_EVERY = 4, 6
 """Evaluations of a round, from 0, that are exact: 0, FIRST_ANCHOR, and every ANCHOR_EVERY after."""
@@ -174,7 +173,7 @@ class _Loop:
         if self.settings.ladder:
             last = self.figure("step") + 1 >= self.settings.max_steps
             leaving = self.running & (lost | last | (gn <= REACH * goal))
-        if self.running.mean() < COMPACT_BELOW:
+        if self.running.mean() < self.settings.compact_below:
             index = self.compact()
             leaving, lost = (np.take_along_axis(x, index, 1) for x in (leaving, lost))
         self.z = self.accelerator.propose(self.z, self.f, self.g)
@@ -267,7 +266,7 @@ class _Loop:
             )
         )
         self.running = self.running & ~rows
-        if self.running.any() and self.running.mean() < COMPACT_BELOW:
+        if self.running.any() and self.running.mean() < self.settings.compact_below:
             self.compact()
 
     def begin_round(self) -> bool:

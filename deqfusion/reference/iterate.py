@@ -23,6 +23,8 @@ from deqfusion.reference.accelerate import Accelerator
 PATIENCE = 20
 RISE = 10.0
 MAX_RESTARTS = 3
+COMPACT_BELOW = 0.75
+"""Rows that ended leave the work when fewer than this share still run; changes no answer."""
 
 CONVERGED, AT_MAX_STEPS, STAGNATED, NON_FINITE = 0, 1, 2, 3
 
@@ -61,13 +63,14 @@ class LadderBlock(Block, Protocol):
 
 
 class Settings(NamedTuple):
-    """When a row ends; `rtol` may be a tensor ()."""
+    """When a row ends, `rtol` may be a tensor (), and when rows that did leave the work."""
 
     rtol: float | Tensor
     atol: float
     max_steps: int
     restart: bool = True
     ladder: bool = False
+    compact_below: float = COMPACT_BELOW
 
 
 class Outcome(NamedTuple):

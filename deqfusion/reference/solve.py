@@ -24,6 +24,7 @@ from deqfusion.reference.cell import (
 from deqfusion.reference.fusion import FusionBlock
 from deqfusion.reference.host import MIN_ROWS, fixed_point
 from deqfusion.reference.iterate import (
+    COMPACT_BELOW,
     NON_FINITE,
     Block,
     Outcome,
@@ -43,7 +44,8 @@ class SolverOptions(NamedTuple):
     """A solver in plain values, as an operator's schema takes it.
 
     `method` is "anderson", "picard" or "broyden"; for an adjoint also "truncated": `max_steps`
-    steps damped by `mixing`. `mixing` is Picard's damping as well.
+    steps damped by `mixing`. `mixing` is Picard's damping as well. `compact_below` is not of the
+    solver but of the processor: it changes no answer, and is not encoded.
     """
 
     method: str
@@ -55,6 +57,7 @@ class SolverOptions(NamedTuple):
     relative_ridge: bool
     mixing: float
     ladder: bool
+    compact_below: float = COMPACT_BELOW
 
     def encode(self) -> str:
         """One string, as the operators' schemas take it.
@@ -62,7 +65,9 @@ class SolverOptions(NamedTuple):
         A string is a constant to a tracing compiler, whereas floats become inputs of the graph,
         which nested autograd functions of torch 2.13 cannot share.
         """
-        return json.dumps(self._asdict())
+        fields = self._asdict()
+        del fields["compact_below"]
+        return json.dumps(fields)
 
     @staticmethod
     @functools.cache
@@ -142,7 +147,7 @@ def settings_of(
     ladder = o.ladder and example.dtype == torch.float32 and width >= LADDER_WIDTH
     ladder = ladder and bfloat16_instructions() is not None
     rtol = o.rtol if tolerance is None else tolerance
-    return Settings(rtol, o.atol, o.max_steps, o.relative_ridge, ladder)
+    return Settings(rtol, o.atol, o.max_steps, o.relative_ridge, ladder, o.compact_below)
 
 
 def chunks_of(shape: torch.Size, device: torch.device) -> list[tuple[slice, list[slice]]]:

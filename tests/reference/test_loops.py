@@ -277,7 +277,7 @@ def test_rows_that_converged_leave_the_work(monkeypatch, solver):
         running = [max(int((block > k).sum()) for block in steps) for k in range(len(shapes))]
         for taken, needed in zip(shapes[1:], running[1:], strict=True):
             least = max(needed, host.MIN_ROWS)
-            assert least <= taken <= max(least, needed / host.COMPACT_BELOW * COUNT)
+            assert least <= taken <= max(least, needed / iterate.COMPACT_BELOW * COUNT)
         assert shapes[-1] == host.MIN_ROWS
         assert sum(shapes) < rows * len(shapes) / 2
 

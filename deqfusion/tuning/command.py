@@ -1,0 +1,231 @@
+"""The `autotune` command."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfusion import autotune
+from deqfusion.adjoint import Implicit
+from deqfusion.kernels.cost import DEVICES
+from deqfusion.module import DEQFusion
+from deqfusion.solvers import Anderson
+from deqfusion.tasks.arguments import OneOf, RealNumber, WholeNumber, WholeNumbers
+from deqfusion.tuning.result import Tuned
+
+__all__ = ["layer_from_file", "register_commands", "run"]
+
+DIM, MODALITIES = 512, 2
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+PRECISIONS = ("highest", "high", "medium")
+_KEY = "modality_weight1"
+
+
+def register_commands(subparsers: Any) -> None:
+    """Add ``autotune`` to the subparsers of an argument parser."""
+    description = "find what solves fastest on this device, and keep it for later runs"
+    parser = subparsers.add_parser(
+        "autotune", help=description,
+        description="Finds what solves a layer fastest on this device, at a residual verified in "
+        "float64, and keeps it where every later run looks it up. On a GPU tiles and schedules of "
+        "the Triton programs, on a CPU choices of its implementation.",
+    )  # fmt: skip
+
+    def add(name: str, kind: Any, default: Any, help_line: str, **more: Any) -> None:
+        shown = "" if default is None else f" (default {default})"
+        parser.add_argument(name, type=kind, default=default, help=help_line + shown, **more)
+
+    widths, counts = WholeNumber(1, 1 << 16), WholeNumber(1, 1024)
+    add("--dim", widths, None, f"width of the features (default {DIM})", metavar="D")
+    add("--modalities", counts, None, f"number of features (default {MODALITIES})", metavar="N")
+    parser.add_argument(
+        "--batch", type=WholeNumbers(1, 1 << 24), default=[256], metavar="B[,B...]",
+        help="rows, for each of which there is a search (default 256)",
+    )  # fmt: skip
+    add("--groups", WholeNumber(1, 1 << 16), 4, "groups of the normalisations", metavar="G")
+    add("--dtype", OneOf(DTYPES), DTYPES[0], "of the features", metavar="|".join(DTYPES))
+    add(
+        "--precision", OneOf(PRECISIONS), None, "of float32 products on a GPU, as "
+        "torch.set_float32_matmul_precision takes it; default: highest",
+        metavar="|".join(PRECISIONS),
+    )  # fmt: skip
+    add("--tol", RealNumber(0.0, above=True), 1e-3, "relative residual to reach", metavar="TOL")
+    parser.add_argument(
+        "--from-module", type=Path, metavar="FILE",
+        help="take parameters and sizes from a safetensors file, or the folder of a run, with a "
+        "layer in it, instead of random ones",
+    )  # fmt: skip
+    seconds = RealNumber(0.0, above=True)
+    add("--budget", seconds, 120.0, "seconds for every batch, about", metavar="SECONDS")
+    add("--device", str, None, "cpu, cuda or cuda:1; default: a GPU where there is one")
+    parser.add_argument(
+        "--target", metavar="NAME",
+        help=f"one of {', '.join(DEVICES)}: rank by the cost model for a device that is not here; "
+        "nothing is measured and nothing stored",
+    )  # fmt: skip
+    parser.add_argument(
+        "--forward-only", action="store_true", help="leave the solves of backward passes alone"
+    )
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="where to store the result, instead of where it is looked up",
+    )  # fmt: skip
+    kept.add_argument("--dry-run", action="store_true", help="store nothing")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        0; 1 if no way met the tolerance for some batch; 130 after an interruption, with what was
+        found before it kept.
+
+    Raises:
+        ValueError: naming an option and what is possible.
+        OSError: if a file cannot be read or written.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(options.precision or before)
+    try:
+        return _tune(_layer(options).to(_device(options.device, options.target)), options)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _tune(layer: DEQFusion, options: argparse.Namespace) -> int:
+    """Searches and reports for every number of rows."""
+    code = 0
+    for rows in options.batch:
+        draw = torch.Generator().manual_seed(0)
+        shape = layer.num_modalities, rows, layer.dim
+        features = torch.randn(shape, generator=draw).to(layer.gate_bias)
+        found = autotune(
+            layer, features, budget=options.budget, backward=not options.forward_only,
+            target=options.target, save=not options.dry_run and options.target is None,
+            folder=options.out, progress=not options.quiet,
+        )  # fmt: skip
+        report(found, layer, rows)
+        if found.interrupted:
+            return 130
+        if not found.entries and not found.predicted:
+            code = 1
+    return code
+
+
+def report(found: Tuned, layer: DEQFusion, rows: int) -> None:
+    """Prints what was found."""
+    how = " (predicted, not measured; nothing is stored)" if found.predicted else ""
+    sizes = f"{rows} rows, width {layer.dim}, {layer.num_modalities} modalities"
+    print(f"{found.device}: {sizes}{how}")
+    print(found.table())
+    if found.without_answer:
+        print(
+            f"left out: {found.without_answer} rows of some block that the default does not solve"
+        )
+    if found.interrupted:
+        print("interrupted: the best so far is kept")
+    if not found.entries and not found.predicted:
+        print("nothing met the tolerance: nothing is kept")
+    if found.speedup is not None:
+        count = len(found.trials)
+        print(f"{found.speedup:.2f} times as fast as the default, of {count} ways tried")
+    if found.solver != layer.solver:
+        print(f"set by you: DEQFusion(solver={found.solver})")
+    if found.file is not None:
+        print(found.file)
+
+
+def _device(name: str | None, target: str | None) -> torch.device:
+    if target is not None or name is None:
+        found = torch.cuda.is_available() and target is None
+        return torch.device("cuda" if found else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: got {name!r}, expected cpu, cuda or cuda:1") from error
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= count
+    ):
+        raise ValueError(f"--device: got {name!r}, expected cpu or one of {count} CUDA devices")
+    return device
+
+
+def _layer(options: argparse.Namespace) -> DEQFusion:
+    """A layer of random parameters, or that of a file."""
+    solver = Anderson(tol=options.tol)
+    kwargs: dict[str, Any] = {
+        "num_groups": options.groups, "solver": solver, "adjoint": Implicit(solver),
+    }  # fmt: skip
+    sizes = options.dim, options.modalities
+    if options.from_module is not None:
+        if sizes != (None, None):
+            raise ValueError(
+                "--from-module: got --dim or --modalities as well, expected the file to say them"
+            )
+        layer = layer_from_file(options.from_module, **kwargs)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layer = DEQFusion(sizes[0] or DIM, sizes[1] or MODALITIES, **kwargs)
+    return layer.to(getattr(torch, options.dtype))
+
+
+def layer_from_file(path: Path, **options: Any) -> DEQFusion:
+    """The layer in a safetensors file or in the folder of a run; nothing is unpickled.
+
+    Sizes are those of its tensors, `options` are the layer's others.
+
+    Raises:
+        ValueError: if it cannot be read, or holds no layer or several.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.is_dir():
+        path = path / "model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"--from-module {path}: cannot be read ({str(error).splitlines()[0]}), expected a "
+            "safetensors file with a layer, or the folder of a run"
+        ) from error
+    prefixes = [name.removesuffix(_KEY) for name in tensors if name.endswith(_KEY)]
+    # A checkpoint has the parameters of the last epoch, and those of the best.
+    prefixes = [p for p in prefixes if p.startswith("best/")] or prefixes
+    if len(prefixes) != 1:
+        got = ", ".join(prefixes) or "none"
+        raise ValueError(f"--from-module {path}: got layers {got}, expected the tensors of one")
+    found = {
+        name.removeprefix(prefixes[0]): value
+        for name, value in tensors.items()
+        if name.startswith(prefixes[0])
+    }
+    return _built(path, found, options)
+
+
+def _built(path: Path, found: dict[str, Tensor], options: dict[str, Any]) -> DEQFusion:
+    weight, gate = found[_KEY], found.get("gate_weight")
+    if weight.ndim != 3 or gate is None or gate.ndim != 2:
+        raise ValueError(
+            f"--from-module {path}: got {_KEY} of shape {tuple(weight.shape)}, expected (N, d, d), "
+            "with gate_weight (d, d) or (d, 2 d)"
+        )
+    modalities, dim, _ = weight.shape
+    gate_input = "concat" if gate.shape[1] == 2 * dim else "sum"
+    layer = DEQFusion(dim, modalities, gate_input=gate_input, **options)
+    try:
+        # Beside a layer without a name of its own there may be others' tensors.
+        layer.load_state_dict({name: found[name] for name in layer.state_dict() if name in found})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--from-module {path}: {reason}") from error
+    return layer

@@ -1,0 +1,283 @@
+"""Which ways are tried, verified and timed, within a budget of seconds.
+
+A way's time counts once its answer was verified in float64 (`Example.judge`), with the solver as it
+will run. First every way is screened with a few samples, the most promising first: programs that
+spill registers are out before they are timed, whatever raises is out with what it says. Then the
+fastest and the default are timed in rounds that interleave them and rotate, so that a busy moment
+slows all alike; medians decide.
+
+On a GPU a sample is the time of a call up to the end of the device's work, once after a buffer
+larger than the L2 cache was written (cold, which decides: a layer seldom runs alone) and once right
+after (warm).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from deqfusion.kernels.tuning import SOLVES, Choice, Host
+from deqfusion.reference.iterate import COMPACT_BELOW
+from deqfusion.reference.solve import LADDER_WIDTH, bfloat16_instructions
+from deqfusion.solvers import Anderson
+from deqfusion.tuning.example import Example, Way
+from deqfusion.tuning.predict import MEMORIES, on_device, ranked
+from deqfusion.tuning.result import Trial, words
+
+__all__ = ["Search", "clock"]
+
+COMPACTIONS = (0.5, 0.9, 1.0)
+
+SCREENED = 0.75
+"""Of the budget, for screening."""
+
+SAMPLES, ROUNDS, FINALISTS = 3, 15, 4
+PROMISING = 4.0
+"""Ways predicted to take longer than the best by this factor are not tried."""
+
+clock = time.perf_counter
+
+
+class Search:
+    """A search over the ways to solve an example.
+
+    Args:
+        example: what to solve.
+        budget: seconds from `begin` on.
+        begin: by `clock`.
+        progress: called with the seconds passed and a line on what is being done.
+        stored: by solve what was found before, which is tried after the default, so that a short
+            search does not lose what a long one found.
+
+    Attributes:
+        trials: of every way so far, the default of every solve first.
+        memory: the one chosen, from `programs`.
+    """
+
+    def __init__(
+        self, example: Example, budget: float, begin: float,
+        progress: Callable[[float, str], object], stored: Mapping[str, Choice] | None = None,
+    ) -> None:  # fmt: skip
+        self.example, self.budget, self.begin, self.progress = example, budget, begin, progress
+        self.stored = stored or {}
+        self.trials: list[Trial] = []
+        self.memory: int | None = None
+        self._calls: dict[int, Callable[[], Any]] = {}
+        self._flush: torch.Tensor | None = None
+        if example.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(example.device)
+            size = 2 * max(getattr(properties, "L2_cache_size", 0), 1 << 26)
+            self._flush = torch.empty(size, dtype=torch.uint8, device=example.device)
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the beginning."""
+        return clock() - self.begin
+
+    def of(self, solve: str) -> list[Trial]:
+        """Trials of a solve that count, the fastest first."""
+        found = [t for t in self.trials if t.way.solve == solve and t.counts]
+        return sorted(found, key=lambda t: t.seconds or 0.0)
+
+    # --- one way ---------------------------------------------------------------------------------
+
+    def screen(self, way: Way, default: bool = False) -> Trial:
+        """Tries one way, and times it if it is right."""
+        trial = Trial(way, default)
+        self.trials.append(trial)
+        best = next(iter(self.of(way.solve)), None)
+        so_far = "" if best is None else f", best {1e6 * (best.seconds or 0):.0f} us"
+        self.progress(self.passed, f"{way.solve}: {words(way)}{so_far}")
+        try:
+            self._verify(trial)
+            if trial.fault is None:
+                self.sample([trial], SAMPLES)
+        except KeyboardInterrupt:
+            trial.fault = "interrupted"
+            raise
+        except Exception as error:
+            # A candidate that does not compile or does not fit is no reason to end the search.
+            text = str(error).splitlines() or [""]
+            trial.fault = f"{type(error).__name__}: {text[0]}"
+        return trial
+
+    def _known(self, solve: str, default: Choice, memory: int, ladder: bool) -> None:
+        """Screens the default and what was found before, whatever the time."""
+        self.screen(Way(solve, default, memory, ladder), default=True)
+        stored = self.stored.get(solve, default)
+        if stored != default:
+            self.screen(Way(solve, stored, memory, ladder))
+
+    def _verify(self, trial: Trial) -> None:
+        call = self.example.call(trial.way)
+        with self._watching() as compiled:
+            answers = call()
+        spills = sum(program.spills for program in compiled)
+        # The default runs whatever it needs, and is what others are held against.
+        if spills and not trial.default:
+            trial.fault = f"spills {spills} registers"
+            return
+        trial.residual, trial.fault = self.example.judge(answers)
+        if trial.fault is None:
+            self._calls[id(trial)] = call
+
+    def _watching(self) -> Any:
+        """What the programs launched meanwhile need; on the reference there are none."""
+        if isinstance(self.trials[-1].way.config, Host):
+            return nullcontext(())
+        from deqfusion.kernels.launch import watching
+
+        return watching()
+
+    def sample(self, trials: Sequence[Trial], rounds: int, until: float | None = None) -> None:
+        """Times trials in turn; their medians replace the times they have.
+
+        until: seconds from the beginning, after which no round but the first begins.
+        """
+        cold: dict[int, list[float]] = {id(trial): [] for trial in trials}
+        warm: dict[int, list[float]] = {id(trial): [] for trial in trials}
+        order = list(trials)
+        try:
+            for number in range(rounds):
+                if number and until is not None and self.passed > until:
+                    break
+                for trial in order:
+                    call = self._calls[id(trial)]
+                    cold[id(trial)].append(self._time(call, self._flush))
+                    if self._flush is not None:
+                        warm[id(trial)].append(self._time(call, None))
+                order = order[1:] + order[:1]
+                if until is not None:
+                    self.progress(
+                        self.passed, f"{order[0].way.solve}: the best, round {number + 1}"
+                    )
+        finally:
+            # An interruption keeps what there is, if all have the same.
+            if all(cold.values()):
+                for trial in trials:
+                    trial.seconds = statistics.median(cold[id(trial)])
+                    trial.warm = statistics.median(warm[id(trial)] or cold[id(trial)])
+
+    def _time(self, call: Callable[[], Any], flush: torch.Tensor | None) -> float:
+        if flush is not None:
+            flush.zero_()
+        self._wait()
+        begin = clock()
+        call()
+        self._wait()
+        return clock() - begin
+
+    def _wait(self) -> None:
+        if self.example.device.type == "cuda":
+            torch.cuda.synchronize(self.example.device)
+
+    def finals(self, trials: Iterable[Trial], until: float) -> None:
+        """Times the fastest and the default together."""
+        ranked = [t for t in trials if t.counts]
+        chosen = ranked[:FINALISTS] + [t for t in ranked[FINALISTS:] if t.default]
+        if len(chosen) > 1:
+            self.sample(chosen, ROUNDS, until)
+
+    def best_solver(self) -> tuple[int, bool]:
+        """Memory and ladder of the best so far; the layer's own where nothing counts."""
+        if self.of("host"):
+            best = self.of("host")[0].way
+            return best.memory, best.ladder
+        memory = self._best_memory() if self.memory is None else self.memory
+        return memory, self.example.own[1]
+
+    # --- on a CPU, by the reference --------------------------------------------------------------
+
+    def host(self) -> None:
+        """Memory, ladder and compaction of the CPU implementation, one after the other."""
+        until = SCREENED * self.budget
+        own = self.example.own
+        self._known("host", Host(COMPACT_BELOW), *own)
+        for stage in (self._memories, self._ladders, self._compactions):
+            for way in stage(self._best_on_host()):
+                if self.passed > until:
+                    break
+                if all(way != trial.way for trial in self.trials):
+                    self.screen(way)
+        self.finals(self.of("host"), self.budget)
+
+    def _best_on_host(self) -> Way:
+        """The fastest so far, or the default."""
+        return next((t.way for t in self.of("host")), self.trials[0].way)
+
+    def _memories(self, best: Way) -> Iterator[Way]:
+        if isinstance(self.example.solver, Anderson):
+            yield from (Way("host", best.config, m, best.ladder) for m in MEMORIES)
+
+    def _ladders(self, best: Way) -> Iterator[Way]:
+        e = self.example
+        effective = e.x.dtype != torch.float64 and e.layout.dim >= LADDER_WIDTH
+        if isinstance(e.solver, Anderson) and effective and bfloat16_instructions() is not None:
+            memories = dict.fromkeys([best.memory, *(t.way.memory for t in self.of("host")[:2])])
+            yield from (Way("host", best.config, m, not best.ladder) for m in memories)
+
+    def _compactions(self, best: Way) -> Iterator[Way]:
+        yield from (Way("host", Host(c), best.memory, best.ladder) for c in COMPACTIONS)
+
+    # --- on a GPU, by the programs ---------------------------------------------------------------
+
+    def programs(self) -> None:
+        """Configurations of the programs and the memory, solve by solve."""
+        e = self.example
+        device, shared = on_device(e.device)
+        queues, memories = ranked(e, device, shared)
+        for index, solve in enumerate(e.solves):
+            until = SCREENED * self.budget * (index + 1) / len(e.solves)
+            memory, ladder = e.own_of(solve)
+            self._known(solve, self._default(solve), memory, ladder)
+            queue = queues[solve]
+            # One of every memory first: all are to be compared.
+            first = [next(c for c in queue if c.memory == m) for m in memories[solve]]
+            for candidate in (*first, *queue):
+                if self.passed > until or candidate.rank > PROMISING * queue[0].rank:
+                    break
+                way = Way(solve, candidate.config, candidate.memory, ladder)
+                if all(way != trial.way for trial in self.trials):
+                    self.screen(way)
+        self.memory = self._best_memory()
+        for index, solve in enumerate(e.solves):
+            share = (index + 1) / len(e.solves)
+            until = self.budget * (SCREENED + (1 - SCREENED) * share)
+            self.finals(self.at(solve, self.memory), until)
+
+    def at(self, solve: str, memory: int) -> list[Trial]:
+        """Trials of a solve that count and have this memory (of an adjoint: its own), and the
+        default; the fastest first."""
+        found = self.of(solve)
+        if "adjoint" in solve:
+            return found
+        return [t for t in found if t.way.memory == memory or t.default]
+
+    def _best_memory(self) -> int:
+        """The memory with which the forward solves take least together."""
+        times: dict[int, float] = {}
+        for memory in MEMORIES:
+            best = [
+                next((t for t in self.of(solve) if t.way.memory == memory), None)
+                for solve in SOLVES[:2]
+            ]
+            if all(t is not None for t in best):
+                times[memory] = sum(t.seconds or 0.0 for t in best if t is not None)
+        own = self.example.own[0]
+        # Of equals the layer's own: nothing is gained by another.
+        return min(times, key=lambda m: (times[m], m != own)) if times else own
+
+    def _default(self, solve: str) -> Any:
+        from deqfusion.kernels.launch import untuned
+
+        e = self.example
+        blocks = e.modalities if solve.startswith("modality") else 1
+        config = untuned(e.rows, e.layout, blocks, e.device, solve)
+        # What a launch makes of it, so that the same is not tried twice.
+        return replace(config, depth=min(config.depth, max(16, e.layout.padded)))
