@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 _asked: Config | str | None = None
 _held: dict[tuple[Any, ...], int] = {}
 _watching: list[Compiled] | None = None
-_refused: set[tuple[str, str, Config]] = set()
-"""Tuned configurations that did not compile: device, solve, config."""
+_configs: list[Config] | None = None
+_refused: set[tuple[Any, ...]] = set()
+"""Tuned configurations that did not compile, see `_refusal`."""
 _told = False
 
 
@@ -64,6 +65,17 @@ class Compiled:
     registers: int
     spills: int
     shared: int
+
+
+@contextmanager
+def ran() -> Iterator[list[Config]]:
+    """Collects the configs that solves ran in meanwhile, after any fallback."""
+    global _configs
+    before, _configs = _configs, []
+    try:
+        yield _configs
+    finally:
+        _configs = before
 
 
 @contextmanager
@@ -261,17 +273,12 @@ class Plan:
             launch(kernel, grid, arguments, given, self.config, self.shape, extra)
 
         if self.config.schedule == "step":
-            start, step, end = phases
-            for phase in range(1, start + 1):
-                once(phase)
-            ended = Ended(counters, self.blocks * self.programs)
-            for _ in range(self.most_steps):
-                if ended():
-                    break
-                for phase in range(start + 1, start + step + 1):
-                    once(phase)
-            for phase in range(start + step + 1, start + step + end + 1):
-                once(phase)
+            try:
+                self._run_step(once, counters, phases)
+            except BaseException:
+                # What was counted would end the next solve with the same parameters too early.
+                counters[:1].zero_()
+                raise
         elif self.cooperative and self.device.type == "cuda":
             extra = {"launch_cooperative_grid": True}
             key = {**constants, "PHASE": 0, **extra}
@@ -281,6 +288,21 @@ class Plan:
             once(0, **extra)
         else:
             once(0)
+
+    def _run_step(
+        self, once: Callable[[int], None], counters: Tensor, phases: tuple[int, int, int]
+    ) -> None:
+        start, step, end = phases
+        for phase in range(1, start + 1):
+            once(phase)
+        ended = Ended(counters, self.blocks * self.programs)
+        for _ in range(self.most_steps):
+            if ended():
+                break
+            for phase in range(start + 1, start + step + 1):
+                once(phase)
+        for phase in range(start + step + 1, start + step + end + 1):
+            once(phase)
 
     @property
     def most_steps(self) -> int:
@@ -327,9 +349,16 @@ def _tuned(
     found = tuning.lookup(
         name, solve, layout.dim, layout.groups, modalities, options.products, tuning.bucket(rows)
     )
-    if not isinstance(found, Config) or (name, solve, found) in _refused:
+    if not isinstance(found, Config) or _refusal(name, solve, layout, options, found) in _refused:
         return None
     return None if _would_wait(found, layout) else found
+
+
+def _refusal(
+    name: str, solve: str, layout: Layout, options: SolveOptions, config: Config
+) -> tuple[Any, ...]:
+    """A tuned config and what it was not compiled with."""
+    return name, solve, layout, options.products, options.slots, config
 
 
 def _would_wait(config: Config, layout: Layout) -> bool:
@@ -374,7 +403,10 @@ def solved(plan: Plan, run: Callable[[Plan], T]) -> T:
         torch.OutOfMemoryError: as it is, with a note on the shape and the config.
     """
     try:
-        return run(plan)
+        result = run(plan)
+        if _configs is not None:
+            _configs.append(plan.config)
+        return result
     except NotResident:
         return solved(replace(plan, config=replace(plan.config, schedule="row")), run)
     except NotCompiled as error:
@@ -384,7 +416,8 @@ def solved(plan: Plan, run: Callable[[Plan], T]) -> T:
         found = _tuned(
             plan.device, plan.solve, plan.layout, plan.modalities, plan.options, plan.rows
         )
-        _refused.add((device_name(plan.device), plan.solve, found or plan.config))
+        name, config = device_name(plan.device), found or plan.config
+        _refused.add(_refusal(name, plan.solve, plan.layout, plan.options, config))
         logger.warning("%s; so the tuned config is not used", error)
         config = untuned(plan.rows, plan.layout, plan.blocks, plan.device, plan.solve)
         return solved(replace(plan, config=config, tuned=False), run)

@@ -227,3 +227,20 @@ def test_an_equilibrium_of_another_layer(fusion, dim, count):
     for call in calls:
         with pytest.raises(ValueError, match=r"^eq: got modalities of shape .*, expected "):
             call()
+
+
+def test_a_gradient_that_is_not_finite_says_so(fusion):
+    """Beside one that is 0, which needs no step."""
+    x = torch.randn(COUNT, BATCH, DIM)
+    gradient = torch.randn(COUNT, BATCH, DIM)
+    gradient[0, 1], gradient[1, 2, 3] = 0.0, torch.nan
+    with torch.no_grad():
+        z = fusion.equilibrium(x).modalities
+    dx, _, stats = functional.modality_adjoint(gradient, z, x, fusion.modality_parameters)
+    assert (stats.status[0, 1], stats.steps[0, 1]) == (Status.CONVERGED, 0)
+    assert not dx[0, 1].any()
+    assert stats.status[1, 2] == Status.NON_FINITE
+    others = torch.ones(COUNT, BATCH, dtype=torch.bool)
+    others[1, 2] = False
+    assert (stats.status[others] == Status.CONVERGED).all()
+    assert dx[others].isfinite().all()

@@ -5,21 +5,20 @@ NumPy, whose small operations cost a fraction of torch's): the loop ends with th
 rows that ended leave the work once enough of them have (compaction).
 
 Precision ladder: evaluations are exact (in the precision of the features) or near (with bfloat16
-products of differences from the last exact evaluation, the anchor; see `LadderBlock`). Rows in work
-are evaluated together, in rounds. The first evaluation of a round is exact (from zeros it costs no
-product of all rows), and so are the fifth, the eleventh, the seventeenth: an anchor closer by makes
-smaller errors. A row leaves the round for an exact evaluation, its next,
+products of differences from the last exact evaluation, the anchor; see `LadderBlock`). All rows
+begin together, near but for the first evaluation (from zeros it costs no product of all rows), the
+fifth, the eleventh, the seventeenth and so on: an anchor closer by makes smaller errors. A row
+leaves for exact evaluations
 
 - when its residual is within `REACH` of the tolerance, so that the next should meet it;
 - when it is lost (not finite, or sent back to its best iterate), or the next step is its last.
 
-It waits, without its history, until the round is empty; the rows that left are the next round.
-Nearly all of them end with its first evaluation, so that products of both kinds are as large as can
-be. Only exact evaluations end a row or become its best iterate. Every choice depends on the row
-alone and on evaluations counted from the beginning of its round, which all rows in it began with,
-and work is never cut to fewer than `MIN_ROWS` rows (below, libraries change their order of
-summation; a batch of fewer is filled up by the caller): a row's answer does not depend on the
-batch.
+It waits, without its history, until all have left; then all go on together, by exact evaluations
+alone. Nearly all end with the first of them, so that products of both kinds are as large as can be.
+Only exact evaluations end a row or become its best iterate. Every choice depends on the row alone
+and on evaluations counted from the beginning, and work is never cut to fewer than `MIN_ROWS` rows
+(below, libraries change their order of summation; a batch of fewer is filled up by the caller): a
+row's answer does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ STRIDE = 32
 size of a product that it meets, and making and keeping it costs more than the rows filled in."""
 REACH = 2.0
 FIRST_ANCHOR, ANCHOR_EVERY = 4, 6
-"""Evaluations of a round, from 0, that are exact: 0, FIRST_ANCHOR, and every ANCHOR_EVERY after."""
+"""Evaluations on the ladder, from 0, that are exact: 0, FIRST_ANCHOR, every ANCHOR_EVERY after."""
 
 
 def fixed_point(
@@ -85,7 +84,7 @@ def rounded(rows: int) -> int:
 
 
 class _Left(NamedTuple):
-    """Rows that left a round, of all blocks alike; some, where not `chosen` (K, S), fill up."""
+    """Rows that left the ladder, of all blocks alike; some, where not `chosen` (K, S), fill up."""
 
     chosen: Array
     figures: Array
@@ -124,7 +123,7 @@ class _Loop:
         self.running = np.ones((blocks, count), bool) if active is None else active.numpy().copy()
         self.best_f: Tensor | None = None
         self.best_g: Tensor | None = None
-        self.evaluations = 0
+        self.ladder, self.evaluations = settings.ladder, 0
         self.anchor: Anchor | None = None
         self.left: list[_Left] = []
 
@@ -134,14 +133,14 @@ class _Loop:
 
     @property
     def exact(self) -> bool:
-        """Whether the next evaluation of this round is exact."""
+        """Whether the next evaluation is exact."""
         since = self.evaluations - FIRST_ANCHOR
-        return not self.settings.ladder or self.evaluations == 0 or since % ANCHOR_EVERY == 0
+        return not self.ladder or self.evaluations == 0 or since % ANCHOR_EVERY == 0
 
     def run(self) -> None:
-        """Steps until no row runs and none has left a round."""
+        """Steps until no row runs and none has left the ladder."""
         with np.errstate(all="ignore"):
-            while self.settings.max_steps and (self.running.any() or self.begin_round()):
+            while self.settings.max_steps and (self.running.any() or self.go_on()):
                 self.advance()
 
     def advance(self) -> None:
@@ -168,9 +167,12 @@ class _Loop:
             return
         lost = self.running & ~finite
         if self.settings.restart:
-            lost |= self.running & (relative > RISE * self.figure("best"))
+            rising = (relative > RISE * self.figure("best")) & (
+                self.figure("restarts") < MAX_RESTARTS
+            )
+            lost |= self.running & rising
         leaving = np.zeros_like(lost)
-        if self.settings.ladder:
+        if self.ladder:
             last = self.figure("step") + 1 >= self.settings.max_steps
             leaving = self.running & (lost | last | (gn <= REACH * goal))
         if self.running.mean() < self.settings.compact_below:
@@ -184,7 +186,7 @@ class _Loop:
 
     def evaluate(self, z: Tensor | None) -> Tensor:
         """f(z), of all rows in work in the same precision."""
-        if not self.settings.ladder or z is None:
+        if not self.ladder or z is None:
             return self.block(z)
         block = cast(LadderBlock, self.block)
         if not self.exact:
@@ -256,7 +258,7 @@ class _Loop:
         self.z = torch.where(rows.unsqueeze(-1), damped(self.best_f, self.best_g, count), self.z)
 
     def leave(self, rows: Array) -> None:
-        """Takes rows out of the round, for an exact evaluation."""
+        """Takes rows off the ladder."""
         index = np.argsort(~rows, axis=1, kind="stable")[:, : rows.sum(1).max()]
         self.left.append(
             _Left(
@@ -269,8 +271,8 @@ class _Loop:
         if self.running.any() and self.running.mean() < self.settings.compact_below:
             self.compact()
 
-    def begin_round(self) -> bool:
-        """Takes the rows that left into work; False if there are none."""
+    def go_on(self) -> bool:
+        """Takes the rows that left the ladder into work; False if there are none."""
         if not self.left:
             return False
         left, self.left = self.left, []
@@ -290,7 +292,7 @@ class _Loop:
         self.figures = np.take_along_axis(self.figures, index[None], 2)
         self.z, self.best_f, self.best_g = self._rows(index)
         self.block = self.whole.take(torch.from_numpy(self.figure("origin").astype(int)))
-        self.accelerator, self.anchor, self.evaluations = self.accelerator.fresh(), None, 0
+        self.accelerator, self.anchor, self.ladder = self.accelerator.fresh(), None, False
         return True
 
     def _rows(self, index: Array) -> tuple[Tensor, Tensor, Tensor]:

@@ -155,10 +155,9 @@ def chunks_of(shape: torch.Size, device: torch.device) -> list[tuple[slice, list
     blocks, rows, width = shape
     if device.type != "cpu" or blocks * rows * width <= CHUNK_ELEMENTS:
         return [(slice(0, blocks), [slice(0, rows)])]
-    # Equal chunks, so that none is too small to be worth its steps.
+    # Equal chunks but for a row, so that none is too small to be worth its steps.
     count = -(-rows * width // CHUNK_ELEMENTS)
-    size = -(-rows // count)
-    chunks = [slice(at, min(at + size, rows)) for at in range(0, rows, size)]
+    chunks = [slice(k * rows // count, (k + 1) * rows // count) for k in range(count)]
     return [(slice(k, k + 1), chunks) for k in range(blocks)]
 
 

@@ -85,9 +85,9 @@ def test_roofline_shows_what_was_measured():
 
 @pytest.mark.parametrize("path", COMMITTED[:1], ids=lambda path: path.name)
 def test_plot_of_a_committed_file(path, tmp_path, capsys):
-    """Format 1 has the times alone."""
     assert main(["plot", str(path), "--out", str(tmp_path / "new")]) == 0
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["cpu-speedup.png", "index.html"]
+    drawn = [f"cpu-{name}.png" for name in ("memory", "roofline", "speedup")]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [*drawn, "index.html"]
     assert "best of the others" in capsys.readouterr().out
 
 

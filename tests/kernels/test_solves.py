@@ -98,6 +98,43 @@ def test_too_many_programs_for_the_device_run_in_schedule_row(monkeypatch):
 STEP = Config("step", depth=16)
 
 
+def test_what_a_failed_launch_counted_is_forgotten(monkeypatch):
+    """Row blocks without a modality end in the first phase, and are counted: once."""
+    problem, options = Problem.new(12, 1, 40, num_groups=1), SolveOptions(rtol=1e-4)
+    present = torch.ones(1, 40, dtype=torch.bool)
+    present[:, :16] = False
+    flat, _ = solves.pack(problem.modality, problem.fusion, 1, "sum", options.packs_low)
+
+    def solve():
+        return solves.solve_modality(
+            problem.features,
+            problem.modality,
+            1,
+            False,
+            options,
+            present=present,
+            weights=flat,
+            config=STEP,
+        )
+
+    expected, one = solve(), launch.launch
+
+    def failing(kernel, grid, arguments, constants, *rest):
+        if constants["PHASE"] == 2:
+            raise launch.NotCompiled("out of shared memory")
+        return one(kernel, grid, arguments, constants, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "launch", failing)
+        with pytest.raises(launch.NotCompiled):
+            solve()
+    with launch.ran() as configs:
+        again = solve()
+    assert configs == [STEP]
+    assert torch.equal(again.steps, expected.steps)
+    assert torch.equal(again.state, expected.state)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"gate_input": "concat", "gate": "identity"}, {"tail": "norm_relu"},
