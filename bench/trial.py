@@ -9,6 +9,7 @@ One whose steps do not suffice is failed and gets no time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,7 +24,13 @@ from . import contenders
 from .contenders import BACKWARD, FORWARD, Answer
 from .contenders.ours import OursReference, backend
 from .problem import NUM_GROUPS, Problem
-from .verification import AdjointSystem, gradient_error, penalty_in_fp64, verify_state
+from .verification import (
+    AdjointSystem,
+    gradient_error,
+    penalty_error,
+    penalty_in_fp64,
+    verify_state,
+)
 
 TIGHTEN = (0.5, 0.95)
 """Bounds of the factor by which a tolerance is tightened; between them, target over residual."""
@@ -165,9 +172,11 @@ class Trial:
 
     def _miss(self, mode: str) -> float:
         """The worst figure of the last verification over what is allowed for it."""
-        return max(
+        worst = (
             value / self._allowed[key] for key, value in self.found[mode].items() if key != "steps"
         )
+        # `max` passes over a NaN that is not its first.
+        return max(value if math.isfinite(value) else math.inf for value in worst)
 
     def _tighten(self, mode: str) -> None:
         tolerance = FORWARD if mode == FORWARD else BACKWARD
@@ -199,6 +208,6 @@ class Trial:
             expected = system.gradients(adjoint)
         if answer.penalty is not None:
             value, extra = penalty_in_fp64(self.problem, answer.penalty)
-            found["penalty_error"] = abs(float(answer.penalty.value.detach()) / value - 1)
+            found["penalty_error"] = penalty_error(float(answer.penalty.value.detach()), value)
             expected = {name: g + extra[name] for name, g in expected.items()}
         return {**found, "gradient_error": gradient_error(gradients, expected)}

@@ -11,6 +11,7 @@ Jacobian penalty must have the value and the gradients that fp64 gives at the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -31,7 +32,7 @@ def _relative(difference: Tensor, reference: Tensor) -> Tensor:
     ratio = error / scale.clamp_min(torch.finfo(scale.dtype).tiny)
     # A block with a zero reference (an adjoint nothing reaches) is exact only if it is zero too.
     ratio = torch.where((scale == 0) & (error == 0), 0.0, ratio)
-    return ratio.nan_to_num(nan=torch.inf)
+    return ratio.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def verify_state(problem: Problem, state: Tensor) -> float:
@@ -181,6 +182,8 @@ def penalty_in_fp64(problem: Problem, penalty: Penalty) -> tuple[float, dict[str
 def gradient_error(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
     """Largest relative error over the named gradients, norm(g - r) / norm(r) per tensor.
 
+    Infinite where a gradient, or what it is held against, is not finite.
+
     Raises:
         ValueError: if a gradient of the reference is missing.
     """
@@ -192,5 +195,19 @@ def gradient_error(found: Mapping[str, Tensor], reference: Mapping[str, Tensor])
     for name, expected in reference.items():
         difference = float((found[name].detach().double() - expected).norm())
         # Biases in front of a norm have gradients near zero: their own norm is no scale.
-        errors.append(difference / max(float(expected.norm()), 1e-3 * scale))
+        errors.append(_quotient(difference, max(float(expected.norm()), 1e-3 * scale)))
     return max(errors)
+
+
+def penalty_error(found: float, expected: float) -> float:
+    """Relative error of a penalty's value; infinite where one is not finite."""
+    return _quotient(abs(found - expected), abs(expected))
+
+
+def _quotient(difference: float, scale: float) -> float:
+    """Infinite where anything is not finite: `max` passes over a NaN that is not its first."""
+    if not (math.isfinite(difference) and math.isfinite(scale)):
+        return math.inf
+    if difference == 0:
+        return 0.0
+    return difference / scale if scale else math.inf

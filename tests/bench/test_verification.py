@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from deqfusion import DEQFusion
+from deqfusion.bench.contenders import BACKWARD, PENALTY
 from deqfusion.bench.contenders.textbook import anderson
 from deqfusion.bench.problem import Problem, Shape
+from deqfusion.bench.trial import Trial
 from deqfusion.bench.verification import (
     AdjointSystem,
     gradient_error,
+    penalty_error,
     verify_state,
 )
 
@@ -171,3 +176,67 @@ def test_mean_loss_divides_by_the_batch() -> None:
     torch.testing.assert_close(mean.cotangent * 4, total.cotangent)
     with pytest.raises(ValueError, match="loss must be one of sum, mean, got 'max'"):
         Problem(Shape(4, 16, 2), loss="max")
+
+
+BOTH = {"a": torch.ones(3), "b": torch.ones(3)}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_what_is_not_finite_is_infinitely_wrong(name: str, value: float) -> None:
+    bad = {**BOTH, name: torch.tensor([1.0, value, 1.0])}
+    assert gradient_error(bad, BOTH) == gradient_error(BOTH, bad) == float("inf")
+    assert penalty_error(value, 1.0) == penalty_error(1.0, value) == float("inf")
+
+
+def test_errors_of_what_is_zero() -> None:
+    zero = {name: torch.zeros(3) for name in BOTH}
+    assert gradient_error(zero, zero) == penalty_error(0.0, 0.0) == 0.0
+    assert gradient_error(BOTH, zero) == penalty_error(1.0, 0.0) == float("inf")
+    assert penalty_error(1.5, 1.0) == 0.5
+
+
+@pytest.fixture(scope="module")
+def trial() -> Trial:
+    modes = (BACKWARD, PENALTY)
+    found = Trial("ours", Problem(Shape(4, 16, 2)), 1e-3, modes)
+    assert set(found.status.values()) == {"ok"}, found.reason
+    return found
+
+
+NAMES = ["features", *(name for name, _ in DEQFusion(16, 2, num_groups=4).named_parameters())]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nan_in_any_gradient_fails(name: str, keeps: bool, trial: Trial) -> None:
+    answer = trial.contender.run(BACKWARD)
+    if not keeps:
+        answer = dataclasses.replace(answer, adjoint=None)
+    assert answer.gradients is not None
+    gradients = dict(answer.gradients())
+    assert trial.verify(BACKWARD, dataclasses.replace(answer, gradients=lambda: gradients))
+    gradients[name] = gradients[name].clone()
+    gradients[name].view(-1)[-1] = torch.nan
+    assert not trial.verify(BACKWARD, dataclasses.replace(answer, gradients=lambda: gradients))
+    assert trial.found[BACKWARD]["gradient_error"] == float("inf")
+
+
+@pytest.mark.parametrize("what", ["state", "adjoint", "penalty"])
+def test_a_nan_elsewhere_in_an_answer_fails(what: str, trial: Trial) -> None:
+    answer = trial.contender.run(PENALTY)
+    assert answer.adjoint is not None
+    assert answer.penalty is not None
+    bad = {"state": answer.state.clone(), "adjoint": answer.adjoint(),
+           "penalty": answer.penalty.value.clone()}  # fmt: skip
+    bad[what].view(-1)[-1] = torch.nan
+    penalty = dataclasses.replace(answer.penalty, value=bad["penalty"])
+    changed = dataclasses.replace(
+        answer, state=bad["state"], adjoint=lambda: bad["adjoint"], penalty=penalty
+    )
+    assert not trial.verify(PENALTY, changed)
+
+
+def test_a_miss_that_is_not_a_number_is_one(trial: Trial) -> None:
+    trial.found[BACKWARD] = {"residual": 0.0, "gradient_error": float("nan"), "steps": {}}
+    assert trial._miss(BACKWARD) == float("inf")
