@@ -147,14 +147,15 @@ def _time(trials: list[Trial], mode: str, case: Case, setting: Setting) -> dict[
         setting.suite.rounds,
         contexts={name: contender.context for name, contender in timed.items()},
         stopwatch=stopwatch,
+        failed=lambda name, error: passed[name].raised(mode, error),
     )
-    for name, contender in timed.items():
-        trial = passed[name]
+    for name in wall:
+        trial, contender = passed[name], timed[name]
         with trial.guard(mode):
             # Of one more run: a compiler's graph writes over what it returned when another runs.
             if not trial.verify(mode, contender.run(mode)):
                 trial.missed(mode)
-    times = {name: wall[name] for name in timed if passed[name].status[mode] == "ok"}
+    times = {name: wall[name] for name in wall if passed[name].status[mode] == "ok"}
     entries = {}
     for trial in trials:
         if trial.name in skipped:

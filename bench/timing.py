@@ -85,6 +85,7 @@ def interleaved(
     contexts: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
     progress: Callable[[], object] = lambda: None,
     stopwatch: Stopwatch | None = None,
+    failed: Callable[[str, Exception], object] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Times functions in rotating rounds after one warm-up run of each.
 
@@ -94,27 +95,41 @@ def interleaved(
         contexts: what to run them under, entered outside of what is timed.
         progress: called after every sample.
         stopwatch: of the device; None: of the CPU.
+        failed: called with the name and what it raised; the others go on. None: it is raised.
 
     Returns:
         Wall seconds per run, one per round, by name; the same of the device, empty for the CPU.
+        Without the names of those that failed.
     """
     stopwatch = stopwatch or Stopwatch()
     under = dict.fromkeys(functions, nullcontext) | dict(contexts or {})
-    repeats = {}
-    for name, function in functions.items():
-        with under[name]():
-            repeats[name] = repeats_for(stopwatch(function, 1)[0])
-    wall: dict[str, list[float]] = {name: [] for name in functions}
-    device: dict[str, list[float]] = {name: [] for name in functions}
-    order = list(functions)
+
+    def sample(name: str, count: int) -> tuple[float, float | None] | None:
+        try:
+            with under[name]():
+                return stopwatch(functions[name], count)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(name, error)
+            return None
+
+    once = {name: sample(name, 1) for name in functions}
+    repeats = {name: repeats_for(taken[0]) for name, taken in once.items() if taken is not None}
+    wall: dict[str, list[float]] = {name: [] for name in repeats}
+    device: dict[str, list[float]] = {name: [] for name in repeats}
+    order = list(repeats)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
-            for name in order:
-                with under[name]():
-                    seconds, on_device = stopwatch(functions[name], repeats[name])
+            for name in tuple(order):
+                taken = sample(name, repeats[name])
+                if taken is None:
+                    order.remove(name)
+                    continue
+                seconds, on_device = taken
                 wall[name].append(seconds)
                 if on_device is not None:
                     device[name].append(on_device)
@@ -124,4 +139,5 @@ def interleaved(
     finally:
         if collecting:
             gc.enable()
-    return wall, {name: values for name, values in device.items() if values}
+    wall = {name: wall[name] for name in repeats if name in order}
+    return wall, {name: device[name] for name in wall if device[name]}

@@ -118,11 +118,11 @@ class Trial:
         self._allowed = dict.fromkeys(("residual", "adjoint_residual"), target)
         self._allowed |= dict.fromkeys(("gradient_error", "penalty_error"), GRADIENT_SLACK * target)
         kind = contenders.get(name)
-        unavailable = kind.unavailable(problem.features.device)
-        if unavailable is not None:
-            self._mark("unavailable", unavailable)
-            return
         with self.guard(FORWARD):
+            unavailable = kind.unavailable(problem.features.device)
+            if unavailable is not None:
+                self._mark("unavailable", unavailable)
+                return
             self.contender = kind(problem)
             # The forward tolerance is found forward, also where only backwards are timed.
             self._tighten(FORWARD)
@@ -167,8 +167,12 @@ class Trial:
         does not have, is no reason to lose what the others take."""
         try:
             yield
-        except RuntimeError as error:
-            self.fail(mode, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        except Exception as error:
+            self.raised(mode, error)
+
+    def raised(self, mode: str, error: Exception) -> None:
+        """Takes the contender out of a mode's comparison for what it raised."""
+        self.fail(mode, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
     def _miss(self, mode: str) -> float:
         """The worst figure of the last verification over what is allowed for it."""

@@ -310,3 +310,83 @@ def test_what_fails_backward_keeps_its_forward_time(monkeypatch: pytest.MonkeyPa
     assert forward["seconds"]["median"] > 0
     assert (backward["status"], backward["seconds"]) == ("failed", None)
     assert "gradient_error 5.00e-01" in backward["reason"]
+
+
+def test_a_contender_that_fails_while_it_is_timed_fails_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rounds = 3
+    counts = {"first": 0, "later": 0}
+
+    def failing(kind: str, after: int, error: Exception) -> type[Textbook]:
+        class Failing(Textbook):
+            name = kind
+
+            def forward(self) -> Answer:
+                # The verified run, the limit's and those that memory is taken from come first.
+                counts[kind] += timed
+                if counts[kind] > after:
+                    raise error
+                return super().forward()
+
+        return Failing
+
+    timed, interleaved = False, timing.interleaved
+
+    def recording(*arguments: Any, **options: Any) -> Any:
+        nonlocal timed
+        timed = True
+        try:
+            return interleaved(*arguments, **options)
+        finally:
+            timed = False
+
+    contenders.contenders()
+    memory = torch.OutOfMemoryError("CUDA out of memory\nTried to allocate")
+    for kind in (failing("first", 0, ValueError("too wide")), failing("later", 2, memory)):
+        monkeypatch.setitem(registry._REGISTRY, kind.name, kind)
+    monkeypatch.setattr(timing, "interleaved", recording)
+    monkeypatch.setattr(timing, "SHORTEST_SAMPLE", 1e-9)
+    names = ("first", "later", "textbook", "ours")
+    suite = suites.Suite("test", suites.cases(SHAPE), names, rounds=rounds, device="cpu")
+    for case in runner.run(suite)["cases"]:
+        first, later, textbook, ours = case["contenders"].values()
+        assert (first["status"], later["status"]) == ("failed", "failed")
+        assert first["reason"] == "ValueError: too wide"
+        assert later["reason"] == "OutOfMemoryError: CUDA out of memory"
+        assert first["seconds"] is later["seconds"] is later["ratio"] is None
+        assert [len(entry["seconds"]["samples"]) for entry in (textbook, ours)] == [rounds] * 2
+    assert counts == {"first": 1, "later": 3}
+
+
+def test_what_fails_in_a_round_is_raised_where_nobody_takes_it() -> None:
+    def fail() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        timing.interleaved({"a": fail}, 1)
+    said: list[str] = []
+    found = timing.interleaved(
+        {"a": fail, "b": lambda: None}, 2, failed=lambda name, error: said.append(f"{name} {error}")
+    )
+    assert (list(found[0]), said) == (["b"], ["a no"])
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, torch.OutOfMemoryError])
+def test_whatever_a_contender_raises_is_its_own(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wide(Textbook):
+        name = "wide"
+
+        def forward(self) -> Answer:
+            raise error("got 2048 channels per group")
+
+    contenders.contenders()
+    monkeypatch.setitem(registry._REGISTRY, "wide", Wide)
+    suite = suites.Suite("test", suites.cases(SHAPE), ("wide", "ours"), rounds=1, device="cpu")
+    for case in runner.run(suite)["cases"]:
+        wide, ours = case["contenders"].values()
+        assert wide["status"] == "failed"
+        assert "got 2048 channels per group" in wide["reason"]
+        assert ours["status"] == "ok"
