@@ -13,12 +13,19 @@ from .contenders.ours import Ours
 from .problem import NUM_GROUPS
 
 
+NAMES = {
+    "NVIDIA H200": "h200",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "AMD Instinct MI300X": "mi300x",
+}
+"""Devices whose constants are in `deqfusion.kernels.cost.DEVICES`, as `torch.cuda.get_device_name`
+calls them. Others of the family (PCIe, NVL, 40 GB) have other clocks and memory, and no floor."""
+
+
 def known_device(name: str | None) -> str | None:
     """The cost model's name of a GPU called `name`, None if it has no constants of it."""
-    from deqfusion.kernels import cost
-
-    words = (name or "").lower().replace("-", " ").split()
-    return next((key for key in cost.DEVICES if key in words), None)
+    return NAMES.get(name or "")
 
 
 def seconds(

@@ -54,10 +54,12 @@ class Ours(Contender):
 
     @property
     def rate(self) -> str:
-        # The ladder's first products are in bfloat16, where it may be on.
-        wide = self.problem.shape.dim >= LADDER_WIDTH
-        fast = self.programs or bfloat16_instructions() is not None
-        return "bf16" if wide and fast and self.solver_options.get("ladder") != "off" else "fp32"
+        # The ladder's first products are in bfloat16, where it may be on: not in the joint solve,
+        # and without programs in none off the CPU (`deqfusion.reference.solve.run_loop`).
+        wide = self.problem.shape.dim >= LADDER_WIDTH and not self.module_options.get("joint")
+        on_cpu = self.features.device.type == "cpu" and bfloat16_instructions() is not None
+        climbs = wide and (self.programs or on_cpu) and self.solver_options.get("ladder") != "off"
+        return "bf16" if climbs else "fp32"
 
     def set_tolerances(self, tol: float, adjoint_tol: float) -> None:
         super().set_tolerances(tol, adjoint_tol)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deqfusion.bench import contenders, fits, floor, limits, peaks, report, resources, suites, work
-from deqfusion.bench.contenders import Answer
+from deqfusion.bench.contenders import Answer, ours
 from deqfusion.bench.contenders.ours import Ours
 from deqfusion.bench.problem import Problem, Shape
 
@@ -109,12 +109,54 @@ def test_counts_match_a_run():
 @pytest.mark.parametrize(
     ("name", "known"),
     [
-        ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4", "a100"),
-        ("AMD Instinct MI300X", "mi300x"), ("NVIDIA GeForce RTX 4090", None), (None, None),
+        ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"), ("AMD Instinct MI300X", "mi300x"),
+        # Other clocks and memory than those of the data sheets that the model has.
+        ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA H200 NVL", None),
+        ("NVIDIA A100-SXM4-40GB", None), ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA GeForce RTX 4090", None), (None, None), ("", None),
     ],
 )  # fmt: skip
 def test_devices_that_the_model_knows(name, known):
     assert floor.known_device(name) == known
+
+
+def test_devices_of_the_floor_are_those_of_the_model():
+    from deqfusion.kernels import cost
+
+    assert set(floor.NAMES.values()) == set(cost.DEVICES)
+
+
+@pytest.mark.parametrize("instructions", ["AMX", None])
+def test_products_are_held_against_the_rate_that_they_may_have(monkeypatch, instructions):
+    monkeypatch.setattr(ours, "bfloat16_instructions", lambda: instructions)
+    kinds = contenders.contenders()
+
+    def rates(dim, device="cpu"):
+        found = {}
+        for name in ("ours", "ours_reference", "ours_joint", "ours_noladder"):
+            contender = kinds[name](Problem(Shape(2, dim, 1)))
+            # Where its tensors are is all that it looks at; there is no GPU to move them to.
+            contender.features = contender.features.detach().to(device)
+            found[name] = contender.rate
+        return found
+
+    fast = "bf16" if instructions else "fp32"
+    assert rates(256) == {
+        "ours": fast, "ours_reference": fast, "ours_joint": "fp32", "ours_noladder": "fp32",
+    }  # fmt: skip
+    # Below the ladder's width, and in the loop of other devices, there is no ladder.
+    assert set(rates(128).values()) == set(rates(256, "meta").values()) == {"fp32"}
+
+
+def test_programs_climb_the_ladder_on_any_device(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(ours, "bfloat16_instructions", lambda: None)
+    monkeypatch.setenv("DEQFUSION_BACKEND", "triton")
+    kinds, problem = contenders.contenders(), Problem(Shape(2, 256, 1))
+    assert kinds["ours"](problem).rate == kinds["ours_row"](problem).rate == "bf16"
+    # The joint solve has no programs.
+    assert kinds["ours_joint"](problem).rate == "fp32"
 
 
 def test_floor_is_of_programs_on_a_known_device_and_forward(monkeypatch):
