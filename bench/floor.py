@@ -1,7 +1,8 @@
 """The time below which the cost model of the GPU programs sees no solve, where it knows the GPU.
 
 That is `deqfusion.kernels.cost.predict` for the modalities and then the fusion, with the steps that
-the solve took, in the schedule that ran; of a backward the steps are not known, and it has none.
+the solve took, in the configs that it ran in, be they asked for, tuned or fallen back to; of a
+backward the steps are not known, and it has none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from .contenders import FORWARD
 from .contenders.ours import Ours
 from .problem import NUM_GROUPS
 
+BLOCKS = ("modality", "fusion")
+"""Solves of a forward, in their order."""
 
 NAMES = {
     "NVIDIA H200": "h200",
@@ -45,28 +48,20 @@ def seconds(
     device_name = known_device(gpu)
     if device_name is None or mode != FORWARD or not isinstance(contender, Ours):
         return None
-    if not contender.programs or not {"modality", "fusion"} <= set(steps):
+    if not contender.programs or not set(BLOCKS) <= set(steps):
+        return None
+    configs = contender.configs.get(mode, ())
+    if len(configs) != len(BLOCKS):
         return None
     from deqfusion.kernels import cost
-    from deqfusion.kernels.config import shipped
-    from deqfusion.kernels.layout import Layout
 
     device, shape = cost.DEVICES[device_name], contender.problem.shape
-    layout = Layout(shape.dim, NUM_GROUPS)
-    total = 0.0
-    for block, blocks in (("modality", shape.num_modalities), ("fusion", 1)):
-        schedule = getattr(contender, "schedule", None)
-        if schedule is None:
-            config = cost.default_config(
-                shape.batch, layout, blocks, device.multiprocessors, adjoint=False,
-                capability=device.capability,
-            )  # fmt: skip
-        else:
-            config = shipped(
-                schedule, adjoint=False, capability=device.capability, padded=layout.padded
-            )
-        total += cost.predict(
-            block, shape.batch, shape.dim, shape.num_modalities, device, config,
-            groups=NUM_GROUPS, low=contender.rate == "bf16", steps=steps[block],
-        ).solve  # fmt: skip
-    return total
+    return float(
+        sum(
+            cost.predict(
+                block, shape.batch, shape.dim, shape.num_modalities, device, config,
+                groups=NUM_GROUPS, low=contender.rate == "bf16", steps=steps[block],
+            ).solve
+            for block, config in zip(BLOCKS, configs, strict=True)
+        )
+    )  # fmt: skip

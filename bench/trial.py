@@ -150,12 +150,12 @@ class Trial:
             mode, f"{mode}: {figures} after {steps} steps, expected at most {self.target:.0e}"
         )
 
-    def fail(self, mode: str, reason: str) -> None:
+    def fail(self, mode: str, reason: str, status: str = "failed") -> None:
         """Takes the contender out of a mode's comparison; forward, of every mode's."""
         if mode == FORWARD:
-            self._mark("failed", reason)
+            self._mark(status, reason)
         else:
-            self.status[mode], self.reason[mode] = "failed", reason
+            self.status[mode], self.reason[mode] = status, reason
 
     def _mark(self, status: str, reason: str) -> None:
         self.status = dict.fromkeys(self.modes, status)
@@ -172,7 +172,11 @@ class Trial:
 
     def raised(self, mode: str, error: Exception) -> None:
         """Takes the contender out of a mode's comparison for what it raised."""
-        self.fail(mode, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        said = (str(error).splitlines() or [""])[0]
+        if isinstance(error, contenders.Unavailable):
+            self.fail(mode, said, "unavailable")
+        else:
+            self.fail(mode, f"{type(error).__name__}: {said}")
 
     def _miss(self, mode: str) -> float:
         """The worst figure of the last verification over what is allowed for it."""

@@ -9,7 +9,16 @@ import importlib
 import pkgutil
 from functools import cache
 
-from .base import BACKWARD, FORWARD, MAX_STEPS, PENALTY, Answer, Contender, Penalty
+from .base import (
+    BACKWARD,
+    FORWARD,
+    MAX_STEPS,
+    PENALTY,
+    Answer,
+    Contender,
+    Penalty,
+    Unavailable,
+)
 from .registry import _REGISTRY, register
 
 __all__ = [
@@ -20,6 +29,7 @@ __all__ = [
     "Answer",
     "Contender",
     "Penalty",
+    "Unavailable",
     "contenders",
     "get",
     "register",

@@ -26,6 +26,10 @@ PROBE_SEED = 1
 """Of the penalty's probes, so that verification draws the same ones in fp64."""
 
 
+class Unavailable(RuntimeError):
+    """Raised by a run that the device cannot have as the contender is named; says why."""
+
+
 @dataclass(frozen=True)
 class Penalty:
     """The Jacobian penalty that was part of a loss.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deqfusion import Anderson, DEQFusion, Implicit, ops
+from deqfusion.kernels.config import Config
 from deqfusion.reference import adjoint as adjoints
 from deqfusion.reference.solve import LADDER_WIDTH, bfloat16_instructions
 
@@ -37,7 +38,12 @@ def backend(name: str, precision: str = "highest") -> Iterator[None]:
 
 @register
 class Ours(Contender):
-    """`DEQFusion` with its defaults, apart from the tolerances and the limit on steps."""
+    """`DEQFusion` with its defaults, apart from the tolerances and the limit on steps.
+
+    Attributes:
+        programs: whether it solves by Triton programs.
+        configs: by mode, what the solves of the last `run` ran in, in their order; of programs.
+    """
 
     name = "ours"
     summary = "deqfusion: split solve, relative ridge, precision ladder, compaction"
@@ -48,6 +54,7 @@ class Ours(Contender):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.features = problem.features.clone().requires_grad_(True)
+        self.configs: dict[str, tuple[Config, ...]] = {}
         operator = "joint_equilibrium" if self.module_options.get("joint") else "fusion_equilibrium"
         with self.context():
             self.programs = ops.implementation(self.features.device.type, operator) == "triton"
@@ -79,6 +86,16 @@ class Ours(Contender):
     def release(self) -> None:
         self.module.zero_grad(set_to_none=True)
         self.features.grad = None
+
+    def run(self, mode: str) -> Answer:
+        if not self.programs:
+            return super().run(mode)
+        from deqfusion.kernels.launch import ran
+
+        with ran() as configs:
+            answer = super().run(mode)
+        self.configs[mode] = tuple(configs)
+        return answer
 
     def forward(self) -> Answer:
         with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from deqfusion import programs
 from deqfusion.kernels.config import SCHEDULES
 
-from .base import CPU
+from .base import CPU, Answer, Unavailable
 from .ours import Ours, backend
 from .registry import register
 
@@ -50,6 +50,20 @@ class OursPrograms(Ours):
         stack.enter_context(backend("triton", self.precision))
         stack.enter_context(using(self.schedule))
         return stack
+
+    def run(self, mode: str) -> Answer:
+        """As the base's; refuses what ran in another schedule than the one it is named after.
+
+        Raises:
+            Unavailable: if so: programs that a device cannot hold at once run in schedule row.
+        """
+        answer = super().run(mode)
+        others = {config.schedule for config in self.configs[mode]} - {self.schedule}
+        if others:
+            raise Unavailable(
+                "more programs than can be resident: ran in schedule " + ", ".join(sorted(others))
+            )
+        return answer
 
 
 def _programs(schedule: str, precision: str) -> type[OursPrograms]:

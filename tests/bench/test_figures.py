@@ -159,18 +159,46 @@ def test_programs_climb_the_ladder_on_any_device(monkeypatch):
     assert kinds["ours_joint"](problem).rate == "fp32"
 
 
-def test_floor_is_of_programs_on_a_known_device_and_forward(monkeypatch):
+def ran(name, problem):
+    contender = contenders.get(name)(problem)
+    contender.set_tolerances(1e-2, 1e-2)
+    contender.run("forward")
+    return contender
+
+
+def test_floor_is_of_programs_on_a_known_device_and_forward():
     pytest.importorskip("triton")
-    kinds = contenders.contenders()
-    problem, steps = Problem(Shape(64, 64, 2)), {"modality": 11, "fusion": 14}
-    row, reference = kinds["ours_row"](problem), kinds["ours"](problem)
+    problem, steps = Problem(Shape(2, 16, 1)), {"modality": 11, "fusion": 14}
+    row = ran("ours_row", problem)
     assert 1e-5 < floor.seconds(row, "forward", steps, "NVIDIA H200") < 1e-2
     assert floor.seconds(row, "forward", steps, None) is None
     assert floor.seconds(row, "forward_backward", steps, "NVIDIA H200") is None
     assert floor.seconds(row, "forward", {"joint": 3}, "NVIDIA H200") is None
+    reference = ran("ours_reference", problem)
     assert floor.seconds(reference, "forward", steps, "NVIDIA H200") is None
+    # What has not run has no config to predict.
+    fresh = contenders.get("ours_row")(problem)
+    assert floor.seconds(fresh, "forward", steps, "NVIDIA H200") is None
+
+
+def test_floor_is_of_the_configs_that_ran(monkeypatch):
+    pytest.importorskip("triton")
+    from deqfusion.kernels import cost, launch
+    from deqfusion.kernels.config import Config
+
+    tuned = {"modality": Config("step", rows=32), "fusion": Config("row", depth=16)}
+    monkeypatch.setattr(launch, "_tuned", lambda device, solve, *rest: tuned[solve])
     monkeypatch.setenv("DEQFUSION_BACKEND", "triton")
-    assert floor.seconds(kinds["ours"](problem), "forward", steps, "NVIDIA H200") > 0
+    problem, steps = Problem(Shape(2, 16, 1)), {"modality": 11, "fusion": 14}
+    contender = ran("ours", problem)
+    assert contender.configs == {"forward": tuple(tuned.values())}
+    expected = sum(
+        cost.predict(
+            block, 2, 16, 1, cost.DEVICES["h200"], config, low=False, steps=steps[block]
+        ).solve
+        for block, config in tuned.items()
+    )
+    assert floor.seconds(contender, "forward", steps, "NVIDIA H200") == pytest.approx(expected)
 
 
 def test_memory_is_the_peak_of_what_a_run_allocates():

@@ -1,17 +1,20 @@
 """Contenders that keep no adjoint, the Triton programs, interpreted: verified by true gradients."""
 
 import dataclasses
+import importlib
+from contextlib import contextmanager
 
 import pytest
 
-from deqfusion.bench import contenders, suites, warm, work
+from deqfusion.bench import contenders, runner, suites, warm, work
 from deqfusion.bench.contenders import BACKWARD, FORWARD
 from deqfusion.bench.contenders.ours_programs import OursPrograms
 from deqfusion.bench.problem import Problem, Shape
 from deqfusion.bench.trial import Trial, Truth
-from deqfusion.kernels.config import SCHEDULES
+from deqfusion.kernels.config import SCHEDULES, Config
 
 pytest.importorskip("triton", reason="the GPU programs need Triton")
+launch = importlib.import_module("deqfusion.kernels.launch")
 
 
 def test_programs_are_verified():
@@ -91,3 +94,57 @@ def test_what_fails_while_it_is_warmed_is_left_to_the_measurement(monkeypatch):
 def test_parts_that_do_not_parse(text):
     with pytest.raises(ValueError, match="--warm must be K/OF"):
         warm.parse(text)
+
+
+@pytest.fixture
+def cooperative_here(monkeypatch):
+    """`ours_cooperative` on this device, which holds none of its programs at once."""
+    kind, run = contenders.get("ours_cooperative"), launch.Plan.run
+
+    def refusing(self, *arguments):
+        if self.cooperative:
+            raise launch.NotResident("528 programs, the device holds 264 at once")
+        return run(self, *arguments)
+
+    monkeypatch.setattr(kind, "unavailable", classmethod(lambda cls, device: None))
+    monkeypatch.setattr(launch, "_would_wait", lambda config, layout: False)
+    monkeypatch.setattr(launch.Plan, "run", refusing)
+
+
+NOT_HELD = "more programs than can be resident: ran in schedule row"
+
+
+@pytest.mark.usefixtures("cooperative_here")
+def test_what_fell_back_to_another_schedule_has_no_time_under_its_name():
+    suite = suites.Suite(
+        "test", suites.cases(Shape(2, 16, 1)), ("ours_cooperative", "ours"), rounds=1,
+        modes=(FORWARD,), device="cpu",
+    )  # fmt: skip
+    (case,) = runner.run(suite)["cases"]
+    entry = case["contenders"]["ours_cooperative"]
+    assert (entry["status"], entry["reason"]) == ("unavailable", NOT_HELD)
+    assert entry["seconds"] is entry["verified"] is None
+    assert case["contenders"]["ours"]["status"] == "ok"
+
+
+@pytest.mark.usefixtures("cooperative_here")
+def test_what_falls_back_backward_keeps_its_forward_time(monkeypatch):
+    real = launch.ran
+
+    @contextmanager
+    def ran():
+        """As if the two solves of the forward had been cooperative."""
+        with real() as configs:
+            yield configs
+        configs[:2] = [Config("cooperative")] * 2
+
+    monkeypatch.setattr(launch, "ran", ran)
+    trial = Trial("ours_cooperative", Problem(Shape(2, 16, 1)), 1e-3)
+    assert trial.status == {FORWARD: "ok", BACKWARD: "unavailable"}
+    assert trial.reason[BACKWARD] == NOT_HELD
+    # Both adjoints ran in row; what a run collects is kept by mode.
+    schedules = {
+        mode: [c.schedule for c in found] for mode, found in trial.contender.configs.items()
+    }
+    cooperative = ["cooperative"] * 2
+    assert schedules == {FORWARD: cooperative, BACKWARD: [*cooperative, "row", "row"]}
