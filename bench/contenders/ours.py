@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 from unittest import mock
@@ -34,6 +34,32 @@ def backend(name: str, precision: str = "highest") -> Iterator[None]:
         os.environ.pop("DEQFUSION_BACKEND")
         if before is not None:
             os.environ["DEQFUSION_BACKEND"] = before
+
+
+@contextmanager
+def recorded_adjoints() -> Iterator[dict[str, Any]]:
+    """Collects what the reference's adjoint solves got and found meanwhile, by block."""
+    found: dict[str, Any] = {}
+
+    def recording(block: str) -> Any:
+        adjoint = getattr(adjoints, f"adjoint_{block}")
+
+        def run(*args: Any) -> Any:
+            result = adjoint(*args)
+            found[block] = args[0], result[-1]
+            return result
+
+        return mock.patch.object(adjoints, f"adjoint_{block}", run)
+
+    with recording("modality"), recording("fusion"):
+        yield found
+
+
+def joint_adjoint(found: Mapping[str, Any]) -> Tensor:
+    """The joint map's adjoint (N + 1, B, d) of `recorded_adjoints`."""
+    # Of the joint map, a modality's adjoint excludes what reaches it through the fusion step.
+    incoming, modality = found["modality"]
+    return torch.cat([modality.state - incoming, found["fusion"][1].state])
 
 
 @register
@@ -134,25 +160,11 @@ class Ours(Contender):
 
     def _adjoint(self, solves: dict[str, Tensor]) -> Tensor:
         """Runs again, and keeps the adjoints that the operators do not return, and their steps."""
-        found: dict[str, Any] = {}
-
-        def recording(block: str) -> Any:
-            adjoint = getattr(adjoints, f"adjoint_{block}")
-
-            def run(*args: Any) -> Any:
-                result = adjoint(*args)
-                found[block] = args[0], result[-1]
-                return result
-
-            return mock.patch.object(adjoints, f"adjoint_{block}", run)
-
-        with self.context(), recording("modality"), recording("fusion"):
+        with self.context(), recorded_adjoints() as found:
             self.forward_backward()
         for block, (_, outcome) in found.items():
             solves[f"adjoint {block}"] = outcome.steps
-        # Of the joint map, a modality's adjoint excludes what reaches it through the fusion step.
-        incoming, modality = found["modality"]
-        return torch.cat([modality.state - incoming, found["fusion"][1].state])
+        return joint_adjoint(found)
 
 
 def _steps(stats: Any) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ NOT_HELD = "more programs than can be resident: ran in schedule row"
 def test_what_fell_back_to_another_schedule_has_no_time_under_its_name():
     suite = suites.Suite(
         "test", suites.cases(Shape(2, 16, 1)), ("ours_cooperative", "ours"), rounds=1,
-        modes=(FORWARD,), device="cpu",
+        modes=(FORWARD,), target=1e-1, device="cpu",
     )  # fmt: skip
     (case,) = runner.run(suite)["cases"]
     entry = case["contenders"]["ours_cooperative"]
@@ -139,7 +139,7 @@ def test_what_falls_back_backward_keeps_its_forward_time(monkeypatch):
         configs[:2] = [Config("cooperative")] * 2
 
     monkeypatch.setattr(launch, "ran", ran)
-    trial = Trial("ours_cooperative", Problem(Shape(2, 16, 1)), 1e-3)
+    trial = Trial("ours_cooperative", Problem(Shape(2, 16, 1)), 1e-1)
     assert trial.status == {FORWARD: "ok", BACKWARD: "unavailable"}
     assert trial.reason[BACKWARD] == NOT_HELD
     # Both adjoints ran in row; what a run collects is kept by mode.

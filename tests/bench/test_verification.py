@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqfusion import DEQFusion
-from deqfusion.bench.contenders import BACKWARD, PENALTY
+from deqfusion import Anderson, DEQFusion, Implicit
+from deqfusion.bench import trial as trials
+from deqfusion.bench.contenders import BACKWARD, PENALTY, Answer, registry
+from deqfusion.bench.contenders.ours import Ours
 from deqfusion.bench.contenders.textbook import anderson
 from deqfusion.bench.problem import Problem, Shape
-from deqfusion.bench.trial import Trial
+from deqfusion.bench.trial import Trial, Truth
 from deqfusion.bench.verification import (
     AdjointSystem,
     gradient_error,
@@ -240,3 +242,47 @@ def test_a_nan_elsewhere_in_an_answer_fails(what: str, trial: Trial) -> None:
 def test_a_miss_that_is_not_a_number_is_one(trial: Trial) -> None:
     trial.found[BACKWARD] = {"residual": 0.0, "gradient_error": float("nan"), "steps": {}}
     assert trial._miss(BACKWARD) == float("inf")
+
+
+def test_truth_that_did_not_converge_verifies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(Shape(4, 16, 1))
+    assert set(Truth(problem, 1e-3).gradients) == set(NAMES)
+    few = Anderson(tol=1e-8, max_steps=5, ladder="off")
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "Anderson", lambda **options: few)
+        with pytest.raises(RuntimeError, match="no true gradients: residual"):
+            _ = Truth(problem, 1e-3).gradients
+    # The state converges, its adjoint does not.
+    monkeypatch.setattr(trials, "Implicit", lambda solver: Implicit(few))
+    with pytest.raises(RuntimeError, match=r"adjoint_residual [0-9.]+e-0[1-4] in fp64"):
+        _ = Truth(problem, 1e-3).gradients
+
+
+@pytest.mark.parametrize("error", [0.4, float("inf"), float("nan")])
+def test_what_is_allowed_of_gradients_has_an_end(
+    error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = Truth(Problem(Shape(4, 16, 1)), 1e-3)
+    assert truth.allowed <= trials.MOST * 1e-3**0.5
+    monkeypatch.setattr(trials, "gradient_error", lambda found, expected: error)
+    with pytest.raises(RuntimeError, match="no gradients to be held against"):
+        _ = Truth(truth.problem, 1e-3).allowed
+
+
+def test_a_problem_without_truth_fails_what_keeps_no_adjoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Forgetful(Ours):
+        name = "forgetful"
+
+        def forward_backward(self, penalty: bool = False) -> Answer:
+            return dataclasses.replace(super().forward_backward(penalty), adjoint=None)
+
+    monkeypatch.setitem(registry._REGISTRY, "forgetful", Forgetful)
+    monkeypatch.setattr(trials, "TRUE", 1e-15)
+    problem = Problem(Shape(4, 16, 1))
+    found = Trial("forgetful", problem, 1e-3)
+    assert found.status == {"forward": "ok", BACKWARD: "failed"}
+    assert found.reason[BACKWARD].startswith("RuntimeError: no true gradients")
+    # What keeps its adjoint needs no truth.
+    assert set(Trial("ours", problem, 1e-3).status.values()) == {"ok"}
