@@ -139,12 +139,17 @@ def test_what_falls_back_backward_keeps_its_forward_time(monkeypatch):
         configs[:2] = [Config("cooperative")] * 2
 
     monkeypatch.setattr(launch, "ran", ran)
-    trial = Trial("ours_cooperative", Problem(Shape(2, 16, 1)), 1e-1)
-    assert trial.status == {FORWARD: "ok", BACKWARD: "unavailable"}
-    assert trial.reason[BACKWARD] == NOT_HELD
+    contender = contenders.get("ours_cooperative")(Problem(Shape(2, 16, 1)))
+    contender.set_tolerances(1e-1, 1e-1)
+    contender.run(FORWARD)
+    with pytest.raises(contenders.Unavailable, match=NOT_HELD):
+        contender.run(BACKWARD)
     # Both adjoints ran in row; what a run collects is kept by mode.
-    schedules = {
-        mode: [c.schedule for c in found] for mode, found in trial.contender.configs.items()
-    }
+    schedules = {mode: [c.schedule for c in ran] for mode, ran in contender.configs.items()}
     cooperative = ["cooperative"] * 2
     assert schedules == {FORWARD: cooperative, BACKWARD: [*cooperative, "row", "row"]}
+    trial = Trial("ours", Problem(Shape(2, 16, 1)), 1e-3)
+    with trial.guard(BACKWARD):
+        raise contenders.Unavailable(NOT_HELD)
+    assert trial.status == {FORWARD: "ok", BACKWARD: "unavailable"}
+    assert trial.reason == {FORWARD: "", BACKWARD: NOT_HELD}
