@@ -317,8 +317,9 @@ def _usable(path: Path) -> list[Entry] | None:
     except (Unusable, OSError) as error:
         if path not in _reported:
             _reported.add(path)
-            unread = isinstance(error, OSError)
-            reason = f"cannot be read ({error.strerror})" if unread else str(error)
+            reason = str(error)
+            if isinstance(error, OSError):
+                reason = f"cannot be read ({error.strerror})"
             logger.warning("%s: %s; ignored, as if it were not there", path, reason)
         return None
 
