@@ -655,6 +655,8 @@ def test_programs_that_spill_are_out_before_they_are_timed(few, monkeypatch):
     assert wide
     assert all(t.fault.startswith("spills") and t.seconds is None for t in wide)
     assert all(e.best.config.rows == 16 for e in found.entries)
+    for trial in found.trials:
+        assert trial.way.config.rows == 32 or "spills" not in (trial.fault or "")
 
 
 @needs_interpreter
