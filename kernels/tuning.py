@@ -7,12 +7,15 @@ SLUG is the device's name in lower case with dashes. CACHE is `DEQFUSION_CACHE`,
 folder for caches: `XDG_CACHE_HOME` or ~/.cache, ~/Library/Caches, %LOCALAPPDATA%, and in it
 `deqfusion`. An entry says what was solved (`Problem`), the best choice and the runner-up with their
 times, and on what they were measured. Rows are kept in buckets, the powers of two; a lookup takes
-the nearest bucket, in logarithms.
+the nearest bucket, in logarithms, within a factor of 4 in rows: farther off nothing is known, and
+the cost model chooses.
 
 Files are read once per process, or again after `save` or `forget`. One that is damaged, of
 something else or of a newer version is reported once and ignored, and set aside rather than
-overwritten when results are saved. Saving merges under a lock and moves a whole file into place:
-tuners that run side by side keep each other's results, and readers never see half a file.
+overwritten when results are saved. One that the system does not let read is reported once and
+ignored as well, but left where it is: it may be whole, and somebody else's. Saving merges under a
+lock and moves a whole file into place: tuners that run side by side keep each other's results, and
+readers never see half a file.
 """
 
 from __future__ import annotations
@@ -62,6 +65,9 @@ SOLVES = ("modality", "fusion", "modality adjoint", "fusion adjoint")
 """What the GPU programs solve; "host" stands for all of them by the CPU implementation."""
 
 MOST_ROWS = 1 << 40
+FARTHEST = 4
+"""Factor in rows up to which an entry says anything."""
+
 _reported: set[Path] = set()
 
 
@@ -281,15 +287,12 @@ def read(path: Path) -> list[Entry]:
 
     Raises:
         FileNotFoundError: there is none.
-        Unusable: it cannot be read or is not of this format, of this version and of the device
-            that its name says; one field that is unknown, missing or out of range is enough.
+        OSError: the system does not let it be read.
+        Unusable: it is not of this format, of this version and of the device that its name says;
+            one field that is unknown, missing or out of range is enough.
     """
     try:
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise Unusable(f"cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise Unusable(f"is not JSON ({str(error)[:100]})") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -311,10 +314,13 @@ def _usable(path: Path) -> list[Entry] | None:
         return read(path)
     except FileNotFoundError:
         return None
-    except Unusable as error:
+    except (Unusable, OSError) as error:
         if path not in _reported:
             _reported.add(path)
-            logger.warning("%s: %s; ignored, as if it were not there", path, error)
+            reason = str(error)
+            if isinstance(error, OSError):
+                reason = f"cannot be read ({error.strerror})"
+            logger.warning("%s: %s; ignored, as if it were not there", path, reason)
         return None
 
 
@@ -341,7 +347,8 @@ def _table(device: str) -> dict[tuple[Any, ...], dict[int, Choice]]:
 def lookup(
     device: str, solve: str, dim: int, groups: int, modalities: int, precision: str, rows: int
 ) -> Choice | None:
-    """The tuned choice for a problem, or None.
+    """The tuned choice for a problem, or None: of the nearest bucket, if that is within a factor
+    of `FARTHEST` in rows.
 
     Args:
         device: its name.
@@ -352,7 +359,9 @@ def lookup(
     found = _table(device).get((solve, dim, groups, modalities, precision))
     if not found:
         return None
-    return found[min(found, key=lambda at: (abs(math.log2(at / max(rows, 1))), at))]
+    nearest = min(found, key=lambda at: (abs(math.log2(at / max(rows, 1))), at))
+    few, many = sorted((nearest, bucket(rows)))
+    return found[nearest] if many <= FARTHEST * few else None
 
 
 def forget() -> None:
@@ -371,7 +380,7 @@ def in_force(device: str) -> list[tuple[Path, int]]:
 
 
 def prepare(path: Path) -> None:
-    """Checks that `save` can write a file, before minutes of measuring.
+    """Checks that `save` can read and write a file, before minutes of measuring.
 
     Raises:
         OSError: if not.
@@ -384,6 +393,13 @@ def prepare(path: Path) -> None:
         raise type(error)(f"{path.parent}: cannot be written ({error.strerror})") from error
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, expected a file or none")
+    for file, mode in ((path, "rb"), (_lock_of(path), "r+b")):
+        try:
+            with suppress(FileNotFoundError), open(file, mode):
+                pass
+        except OSError as error:
+            what = "read" if mode == "rb" else "written"
+            raise type(error)(f"{file}: cannot be {what} ({error.strerror})") from error
 
 
 def save(entries: Iterable[Entry], path: Path) -> None:
@@ -392,10 +408,10 @@ def save(entries: Iterable[Entry], path: Path) -> None:
     A file that is not usable is kept beside it, with `.bad` at the end of its name.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written, or is there and cannot be read: then it stays as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(f".{path.name}.lock")):
+    with _locked(_lock_of(path)):
         try:
             kept = read(path)
         except FileNotFoundError:
@@ -413,6 +429,10 @@ def save(entries: Iterable[Entry], path: Path) -> None:
                 file.write(json.dumps(value, indent=1) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+            # mkstemp's files are private; results are for everyone who may read the folder.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(name, 0o666 & ~mask)
             os.replace(name, path)
         except BaseException:
             with suppress(OSError):
@@ -425,6 +445,10 @@ def _free(path: Path) -> Path:
     """A name for what is set aside."""
     names = (f"{path.name}.bad{number or ''}" for number in range(1000))
     return next(path.with_name(name) for name in names if not path.with_name(name).exists())
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,11 @@ from deqfusion.kernels.cost import DEVICES
 from deqfusion.module import DEQFusion, Features
 from deqfusion.tuning import search
 from deqfusion.tuning.example import Example
-from deqfusion.tuning.result import Trial, Tuned, entry_of, provenance
+from deqfusion.tuning.result import Trial, Tuned, entry_of, provenance, ratio
 
 __all__ = ["autotune"]
+
+logger = logging.getLogger(__name__)
 
 
 def autotune(
@@ -43,9 +46,11 @@ def autotune(
     verified in float64, not the time of a step. An answer that misses the tolerance never wins.
 
     Configurations are stored by device, shape and dtype, with rows in buckets of powers of two,
-    and the operators look them up. Memory and ladder are the solver's, hence yours: they are in
-    `.solver` of the result, and the layer gets that with `apply=True`. (Not by default: times
-    decide, so that answers, within the tolerance, would differ from run to run.)
+    and the operators look them up, for rows fewer or more by a factor of 4 at most. Memory and
+    ladder are the solver's, hence yours: they are in `.solver` of the result, and the layer gets
+    that with `apply=True`. (Not by default: times decide, so that answers, within the tolerance,
+    would differ from run to run.) What is stored was timed with the solver that the layer has in
+    the end: its own, or the best one if that is applied.
 
     Args:
         module: a layer on its device; its parameters and solver are what is timed.
@@ -64,10 +69,11 @@ def autotune(
 
     Returns:
         `Tuned`. After an interruption (KeyboardInterrupt) what was found up to then, stored too.
+        With `file` None and a warning of `logging` if in the end it could not be stored.
 
     Raises:
         ValueError, TypeError: naming the argument, what was got and what was expected.
-        OSError: if the file cannot be written.
+        OSError: if it is known beforehand that the file cannot be written.
     """
     check.positive("budget", budget)
     for name, value in (("apply", apply), ("save", save), ("progress", progress)):
@@ -96,16 +102,31 @@ def autotune(
         except KeyboardInterrupt:
             interrupted = True
     memory, ladder = run.best_solver()
-    trials, entries = _conclude(run, programs, memory, name)
-    if file is not None and entries:
-        tuning.save(entries, file)
+    solves = example.solves if programs else ("host",)
+    trials, entries = _conclude(run, solves, (memory, ladder), apply, name)
     solver = example.solver_of(memory, ladder)
     if apply:
         module.solver = solver
+    speedup, solver_speedup = _gains(run, solves, (memory, ladder))
     return Tuned(
-        name, solver, tuple(entries), tuple(trials), file if entries else None,
+        name, solver, tuple(entries), tuple(trials), _saved(entries, file),
         interrupted=interrupted, without_answer=example.without_answer,
+        speedup=speedup, solver_speedup=solver_speedup,
     )  # fmt: skip
+
+
+def _saved(entries: list[tuning.Entry], file: Path | None) -> Path | None:
+    """The file, once the entries are there; None, and a warning, if it cannot be written."""
+    if file is None or not entries:
+        return None
+    try:
+        tuning.save(entries, file)
+    except OSError as error:
+        # Minutes of measuring are no less true for it.
+        reason = error.strerror or str(error)
+        logger.warning("%s: cannot be saved (%s): what was found is not kept", file, reason)
+        return None
+    return file
 
 
 def _predict(example: Example, target: str) -> Tuned:
@@ -152,27 +173,40 @@ def _stored(example: Example, programs: bool, name: str) -> dict[str, tuning.Cho
 
 
 def _conclude(
-    run: search.Search, programs: bool, memory: int, name: str
+    run: search.Search, solves: tuple[str, ...], solver: tuple[int, bool], applied: bool, name: str
 ) -> tuple[list[Trial], list[tuning.Entry]]:
-    """All trials, the fastest of every solve first, and the entries of those solved."""
+    """All trials, the fastest of every solve first, and the entries of those solved.
+
+    solver: memory and ladder of the best.
+    """
     example, source = run.example, provenance(run.example.device)
     trials, entries = [], []
-    for solve in example.solves if programs else ("host",):
-        found = run.at(solve, memory) if programs else run.of(solve)
-        # The layer's own memory is what others are held against, and not what is stored.
-        won = [t for t in found if "adjoint" in solve or not programs or t.way.memory == memory]
-        if won:
-            rest = [t for t in found if t is not won[0]]
-            entries.append(
-                entry_of(
-                    example.problem(solve), [won[0], *rest], example.tolerance_of(solve), name,
-                    source,
-                )
-            )  # fmt: skip
-        counted = run.of(solve)
+    for solve in solves:
+        counted, best = run.of(solve), run.by(solve, *solver)
+        # For the solver that the layer has from now on: with another one, others may be faster. If
+        # with its own nothing is right, it cannot keep that.
+        kept = best if applied else run.own(solve) or best
+        if kept:
+            default = next((t for t in counted if t.default), None)
+            problem, tolerance = example.problem(solve), example.tolerance_of(solve)
+            entries.append(entry_of(problem, kept, default, tolerance, name, source))
         trials += counted
         trials += [t for t in run.trials if t.way.solve == solve and t not in counted]
     return trials, entries
+
+
+def _gains(
+    run: search.Search, solves: tuple[str, ...], solver: tuple[int, bool]
+) -> tuple[float | None, float | None]:
+    """How many times as fast the best configurations are with the layer's own solver, and that
+    with the best solver."""
+    configs, solvers = [], []
+    for solve in solves:
+        own, best = run.own(solve), run.by(solve, *solver)
+        if own:
+            configs += [(t, own[0]) for t in own if t.default]
+            solvers += [(own[0], t) for t in best[:1] if "adjoint" not in solve]
+    return ratio(configs), ratio(solvers)
 
 
 @contextmanager

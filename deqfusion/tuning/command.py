@@ -84,7 +84,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command.
 
     Returns:
-        0; 1 if no way met the tolerance for some batch; 130 after an interruption, with what was
+        0; 1 if no way met the tolerance for some batch, or what was found could not be stored,
+        which is said on standard error; 130 after an interruption, with what was
         found before it kept.
 
     Raises:
@@ -106,15 +107,15 @@ def _tune(layer: DEQFusion, options: argparse.Namespace) -> int:
         draw = torch.Generator().manual_seed(0)
         shape = layer.num_modalities, rows, layer.dim
         features = torch.randn(shape, generator=draw).to(layer.gate_bias)
+        save = not options.dry_run and options.target is None
         found = autotune(
             layer, features, budget=options.budget, backward=not options.forward_only,
-            target=options.target, save=not options.dry_run and options.target is None,
-            folder=options.out, progress=not options.quiet,
+            target=options.target, save=save, folder=options.out, progress=not options.quiet,
         )  # fmt: skip
         report(found, layer, rows)
         if found.interrupted:
             return 130
-        if not found.entries and not found.predicted:
+        if not found.predicted and (found.file is None if save else not found.entries):
             code = 1
     return code
 
@@ -130,14 +131,17 @@ def report(found: Tuned, layer: DEQFusion, rows: int) -> None:
             f"left out: {found.without_answer} rows of some block that the default does not solve"
         )
     if found.interrupted:
-        print("interrupted: the best so far is kept")
+        kept = "" if found.file is None else ": the best so far is kept"
+        print(f"interrupted{kept}")
     if not found.entries and not found.predicted:
         print("nothing met the tolerance: nothing is kept")
     if found.speedup is not None:
         count = len(found.trials)
         print(f"{found.speedup:.2f} times as fast as the default, of {count} ways tried")
     if found.solver != layer.solver:
-        print(f"set by you: DEQFusion(solver={found.solver})")
+        gain = found.solver_speedup
+        more = "" if gain is None else f", {gain:.2f} times as fast again"
+        print(f"set by you: DEQFusion(solver={found.solver}){more}")
     if found.file is not None:
         print(found.file)
 

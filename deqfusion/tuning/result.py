@@ -15,7 +15,7 @@ from deqfusion.kernels.tuning import Entry, Host, Problem, Timed
 from deqfusion.solvers import Solver
 from deqfusion.tuning.example import Way
 
-__all__ = ["Trial", "Tuned", "entry_of", "provenance"]
+__all__ = ["Trial", "Tuned", "entry_of", "provenance", "ratio"]
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Trial:
         fault: why its time does not count, or None.
         seconds, warm: median times of a solve, with a cold and a warm L2 cache; None: not timed.
             Of a prediction, `seconds` is predicted.
+        final: whether those are of the finals, which alone compare with one another.
     """
 
     way: Way
@@ -37,6 +38,7 @@ class Trial:
     fault: str | None = None
     seconds: float | None = None
     warm: float | None = None
+    final: bool = False
 
     @property
     def counts(self) -> bool:
@@ -60,10 +62,15 @@ class Tuned:
         device: what it is for.
         solver: the layer's solver with the best memory (and on a CPU ladder). The layer has it
             only if `apply` asked for that.
-        entries: the best configurations, one per solve (on a CPU one for all); empty if nothing
-            met the tolerance, or if it is only predicted.
+        entries: the best configurations, one per solve (on a CPU one for all), with the solver
+            that the layer has now: its own, or the best one if `apply` asked for that (or if with
+            its own nothing met the tolerance). Empty if nothing did, or if it is only predicted.
         trials: every way that was tried, the best first by solve.
         file: where the entries are stored, or None.
+        speedup: time of the defaults over that of the best configurations with the layer's own
+            solver, of all solves that have both; None: none has.
+        solver_speedup: time of the best configurations with the layer's own solver over that with
+            `solver`, of the forward solves.
         predicted: whether times are the cost model's, and nothing was measured.
         interrupted: whether the search was cut short by the user.
         without_answer: rows of some block that the layer as it is does not solve: left out.
@@ -77,14 +84,8 @@ class Tuned:
     predicted: bool = False
     interrupted: bool = False
     without_answer: int = 0
-
-    @property
-    def speedup(self) -> float | None:
-        """Time of the defaults over that of the best, of all solves that have both."""
-        pairs = [(e.default.seconds, e.best.seconds) for e in self.entries if e.default is not None]
-        if not pairs:
-            return None
-        return sum(default for default, _ in pairs) / max(sum(best for _, best in pairs), 1e-12)
+    speedup: float | None = None
+    solver_speedup: float | None = None
 
     def table(self, most: int = 8) -> str:
         """The trials as text, `most` of each solve; * marks the best."""
@@ -145,12 +146,19 @@ def _driver() -> str:
 
 
 def entry_of(
-    problem: Problem, trials: Sequence[Trial], tolerance: float, device: str, source: dict[str, str]
-) -> Entry:
-    """The entry of a solve, from trials that count, the fastest first."""
+    problem: Problem, trials: Sequence[Trial], default: Trial | None, tolerance: float,
+    device: str, source: dict[str, str],
+) -> Entry:  # fmt: skip
+    """The entry of a solve, from trials that count, the fastest first, and the default's."""
     best, *others = trials
-    default = next((trial.timed() for trial in trials if trial.default), None)
     return Entry(
-        problem, best.timed(), others[0].timed() if others else None, default,
+        problem, best.timed(), others[0].timed() if others else None,
+        None if default is None else default.timed(),
         0.0 if best.residual is None else best.residual, tolerance, device, **source,
     )  # fmt: skip
+
+
+def ratio(pairs: Sequence[tuple[Trial, Trial]]) -> float | None:
+    """Time of the first of all pairs over that of the second; None of no pairs."""
+    before, after = (sum(pair[i].seconds or 0.0 for pair in pairs) for i in (0, 1))
+    return before / max(after, 1e-12) if pairs else None

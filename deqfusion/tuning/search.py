@@ -3,8 +3,9 @@
 A way's time counts once its answer was verified in float64 (`Example.judge`), with the solver as it
 will run. First every way is screened with a few samples, the most promising first: programs that
 spill registers are out before they are timed, whatever raises is out with what it says. Then the
-fastest and the default are timed in rounds that interleave them and rotate, so that a busy moment
-slows all alike; medians decide.
+fastest, those with the layer's own solver and the default are timed in rounds that interleave them
+and rotate, so that a busy moment slows all alike; medians decide, and only among these: times taken
+in another moment do not compare.
 
 On a GPU a sample is the time of a call up to the end of the device's work, once after a buffer
 larger than the L2 cache was written (cold, which decides: a layer seldom runs alone) and once right
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -41,6 +42,10 @@ SAMPLES, ROUNDS, FINALISTS = 3, 15, 4
 PROMISING = 4.0
 """Ways predicted to take longer than the best by this factor are not tried."""
 
+KERNELS = {s: f"{s if 'adjoint' in s else f'{s} solve'} kernel".replace(" ", "_") for s in SOLVES}
+"""The program of each solve. Others are launched with it, that pack or sum up, whatever the config:
+what they need says nothing about it."""
+
 clock = time.perf_counter
 
 
@@ -57,7 +62,6 @@ class Search:
 
     Attributes:
         trials: of every way so far, the default of every solve first.
-        memory: the one chosen, from `programs`.
     """
 
     def __init__(
@@ -67,7 +71,6 @@ class Search:
         self.example, self.budget, self.begin, self.progress = example, budget, begin, progress
         self.stored = stored or {}
         self.trials: list[Trial] = []
-        self.memory: int | None = None
         self._calls: dict[int, Callable[[], Any]] = {}
         self._flush: torch.Tensor | None = None
         if example.device.type == "cuda":
@@ -81,9 +84,20 @@ class Search:
         return clock() - self.begin
 
     def of(self, solve: str) -> list[Trial]:
-        """Trials of a solve that count, the fastest first."""
+        """Trials of a solve that count, the fastest first; those of the finals before others."""
         found = [t for t in self.trials if t.way.solve == solve and t.counts]
-        return sorted(found, key=lambda t: t.seconds or 0.0)
+        return sorted(found, key=lambda t: (not t.final, t.seconds or 0.0))
+
+    def by(self, solve: str, memory: int, ladder: bool) -> list[Trial]:
+        """Those of `of` with this solver; of an adjoint all, as it has its own."""
+        found = self.of(solve)
+        if "adjoint" in solve:
+            return found
+        return [t for t in found if (t.way.memory, t.way.ladder) == (memory, ladder)]
+
+    def own(self, solve: str) -> list[Trial]:
+        """Those of `of` with the layer's solver as it is."""
+        return self.by(solve, *self.example.own)
 
     # --- one way ---------------------------------------------------------------------------------
 
@@ -103,9 +117,14 @@ class Search:
             raise
         except Exception as error:
             # A candidate that does not compile or does not fit is no reason to end the search.
-            text = str(error).splitlines() or [""]
-            trial.fault = f"{type(error).__name__}: {text[0]}"
+            self._out(trial, error)
         return trial
+
+    def _out(self, trial: Trial, error: Exception) -> None:
+        """A trial that raised does not count, and what it shared with others is made anew."""
+        text = str(error).splitlines() or [""]
+        trial.fault = f"{type(error).__name__}: {text[0]}"
+        self.example.forget()
 
     def _known(self, solve: str, default: Choice, memory: int, ladder: bool) -> None:
         """Screens the default and what was found before, whatever the time."""
@@ -118,7 +137,8 @@ class Search:
         call = self.example.call(trial.way)
         with self._watching() as compiled:
             answers = call()
-        spills = sum(program.spills for program in compiled)
+        kernel = KERNELS.get(trial.way.solve)
+        spills = sum(program.spills for program in compiled if program.name == kernel)
         # The default runs whatever it needs, and is what others are held against.
         if spills and not trial.default:
             trial.fault = f"spills {spills} registers"
@@ -136,33 +156,37 @@ class Search:
         return watching()
 
     def sample(self, trials: Sequence[Trial], rounds: int, until: float | None = None) -> None:
-        """Times trials in turn; their medians replace the times they have.
+        """Times trials in turn; after `SAMPLES` rounds their medians replace the times they have.
 
-        until: seconds from the beginning, after which no round but the first begins.
+        What raises is out, and ends the rounds.
+
+        until: of finals, seconds from the beginning after which no round begins.
         """
         cold: dict[int, list[float]] = {id(trial): [] for trial in trials}
         warm: dict[int, list[float]] = {id(trial): [] for trial in trials}
-        order = list(trials)
+        order, whole = list(trials), 0
         try:
             for number in range(rounds):
-                if number and until is not None and self.passed > until:
+                if until is not None and self.passed > until:
                     break
                 for trial in order:
-                    call = self._calls[id(trial)]
-                    cold[id(trial)].append(self._time(call, self._flush))
-                    if self._flush is not None:
-                        warm[id(trial)].append(self._time(call, None))
-                order = order[1:] + order[:1]
+                    try:
+                        cold[id(trial)].append(self._time(self._calls[id(trial)], self._flush))
+                        if self._flush is not None:
+                            warm[id(trial)].append(self._time(self._calls[id(trial)], None))
+                    except Exception as error:
+                        return self._out(trial, error)
+                whole, order = whole + 1, order[1:] + order[:1]
                 if until is not None:
                     self.progress(
                         self.passed, f"{order[0].way.solve}: the best, round {number + 1}"
                     )
         finally:
-            # An interruption keeps what there is, if all have the same.
-            if all(cold.values()):
-                for trial in trials:
-                    trial.seconds = statistics.median(cold[id(trial)])
-                    trial.warm = statistics.median(warm[id(trial)] or cold[id(trial)])
+            # Whatever ended them: as many samples of each, and never one in place of a median.
+            for trial in trials if whole >= SAMPLES else ():
+                trial.seconds = statistics.median(cold[id(trial)][:whole])
+                trial.warm = statistics.median((warm[id(trial)] or cold[id(trial)])[:whole])
+                trial.final = until is not None
 
     def _time(self, call: Callable[[], Any], flush: torch.Tensor | None) -> float:
         if flush is not None:
@@ -177,20 +201,26 @@ class Search:
         if self.example.device.type == "cuda":
             torch.cuda.synchronize(self.example.device)
 
-    def finals(self, trials: Iterable[Trial], until: float) -> None:
-        """Times the fastest and the default together."""
-        ranked = [t for t in trials if t.counts]
-        chosen = ranked[:FINALISTS] + [t for t in ranked[FINALISTS:] if t.default]
+    def finals(self, solve: str, fastest: Sequence[Trial], until: float) -> bool:
+        """Times the fastest, those with the layer's own solver and the default together.
+
+        Returns:
+            Whether there is no reason to leave further ones: False after one raised, as on a device
+            that failed all would.
+        """
+        own = self.own(solve)
+        default = [t for t in own if t.default]
+        chosen = {id(t): t for t in (*fastest[:FINALISTS], *own[:FINALISTS], *default)}
         if len(chosen) > 1:
-            self.sample(chosen, ROUNDS, until)
+            self.sample(list(chosen.values()), ROUNDS, until)
+        return all(t.fault is None for t in chosen.values())
 
     def best_solver(self) -> tuple[int, bool]:
         """Memory and ladder of the best so far; the layer's own where nothing counts."""
         if self.of("host"):
             best = self.of("host")[0].way
             return best.memory, best.ladder
-        memory = self._best_memory() if self.memory is None else self.memory
-        return memory, self.example.own[1]
+        return self._best_memory(), self.example.own[1]
 
     # --- on a CPU, by the reference --------------------------------------------------------------
 
@@ -205,7 +235,7 @@ class Search:
                     break
                 if all(way != trial.way for trial in self.trials):
                     self.screen(way)
-        self.finals(self.of("host"), self.budget)
+        self.finals("host", self.of("host"), self.budget)
 
     def _best_on_host(self) -> Way:
         """The fastest so far, or the default."""
@@ -223,7 +253,9 @@ class Search:
             yield from (Way("host", best.config, m, not best.ladder) for m in memories)
 
     def _compactions(self, best: Way) -> Iterator[Way]:
-        yield from (Way("host", Host(c), best.memory, best.ladder) for c in COMPACTIONS)
+        # With the layer's own solver, too: that is what runs, until somebody gives it the best.
+        solvers = dict.fromkeys([self.example.own, (best.memory, best.ladder)])
+        yield from (Way("host", Host(c), *solver) for c in COMPACTIONS for solver in solvers)
 
     # --- on a GPU, by the programs ---------------------------------------------------------------
 
@@ -245,31 +277,28 @@ class Search:
                 way = Way(solve, candidate.config, candidate.memory, ladder)
                 if all(way != trial.way for trial in self.trials):
                     self.screen(way)
-        self.memory = self._best_memory()
+        memory, ladder = self.best_solver()
         for index, solve in enumerate(e.solves):
             share = (index + 1) / len(e.solves)
             until = self.budget * (SCREENED + (1 - SCREENED) * share)
-            self.finals(self.at(solve, self.memory), until)
-
-    def at(self, solve: str, memory: int) -> list[Trial]:
-        """Trials of a solve that count and have this memory (of an adjoint: its own), and the
-        default; the fastest first."""
-        found = self.of(solve)
-        if "adjoint" in solve:
-            return found
-        return [t for t in found if t.way.memory == memory or t.default]
+            if not self.finals(solve, self.by(solve, memory, ladder), until):
+                break
 
     def _best_memory(self) -> int:
-        """The memory with which the forward solves take least together."""
+        """The memory with which the forward solves take least together.
+
+        Among those of the finals, where they were held.
+        """
+        own = self.example.own[0]
         times: dict[int, float] = {}
-        for memory in MEMORIES:
-            best = [
-                next((t for t in self.of(solve) if t.way.memory == memory), None)
-                for solve in SOLVES[:2]
-            ]
+        for memory in sorted({own, *MEMORIES}):
+            best = []
+            for solve in SOLVES[:2]:
+                found = self.of(solve)
+                found = [t for t in found if t.final] or found
+                best.append(next((t for t in found if t.way.memory == memory), None))
             if all(t is not None for t in best):
                 times[memory] = sum(t.seconds or 0.0 for t in best if t is not None)
-        own = self.example.own[0]
         # Of equals the layer's own: nothing is gained by another.
         return min(times, key=lambda m: (times[m], m != own)) if times else own
 

@@ -7,6 +7,7 @@ import torch
 
 from deqfusion import Anderson, DEQFusion, Implicit, autotune
 from deqfusion.kernels import launch, tuning
+from deqfusion.tuning import search
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that torch can use"
@@ -53,11 +54,13 @@ def test_tuned_and_looked_up(monkeypatch, caplog):
     name = torch.cuda.get_device_name()
     for entry in found.entries:
         assert entry.device == name
-        assert entry.best.seconds <= entry.default.seconds
+        if entry.best.memory == entry.default.memory:
+            assert entry.best.seconds <= entry.default.seconds
         assert entry.best.warm > 0
         if "adjoint" not in entry.problem.solve:
             assert 0 < entry.residual <= 1e-3
     assert found.speedup >= 1
+    assert found.solver_speedup > 0
     assert model.solver.memory == found.entries[0].best.memory
     with caplog.at_level(logging.WARNING):
         caplog.clear()
@@ -72,7 +75,7 @@ def test_spills_are_seen_by_the_compiler():
     features = torch.randn(2, 64, 128, device="cuda")
     with launch.watching() as programs, torch.no_grad():
         model(features)
-    assert programs
+    assert {search.KERNELS[solve] for solve in tuning.SOLVES[:2]} <= {p.name for p in programs}
     assert all(program.registers > 0 and program.spills == 0 for program in programs)
 
 

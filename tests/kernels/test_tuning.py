@@ -80,11 +80,22 @@ def test_results_are_seen_at_once_by_the_process_that_saved_them(store):
 def test_nearest_bucket_in_logarithms(store):
     few, many = Config("row"), Config("step", 64)
     tuning.save([entry(few, rows=16), entry(many, rows=1024)], store)
-    for rows, expected in ((1, few), (16, few), (127, few), (129, many), (1 << 20, many)):
+    for rows, expected in ((4, few), (16, few), (64, few), (256, many), (1024, many), (4096, many)):
         assert looked_up(rows) == expected
+    tuning.save([entry(many, rows=64)], store)
+    assert [looked_up(rows) for rows in (31, 32, 33)] == [few, few, many]
     assert [tuning.bucket(rows) for rows in (0, 1, 3, 5, 6, 612, 1 << 30)] == [
         1, 1, 4, 4, 8, 512, 1 << 30,
     ]  # fmt: skip
+
+
+def test_nothing_is_known_of_rows_that_are_far_off(store):
+    """Within a factor of 4, by buckets: 5792 rows are in that of 4096, and 5793 are not."""
+    tuning.save([entry(rows=1024)], store)
+    for rows in (182, 256, 4096, 5792):
+        assert looked_up(rows) == COOPERATIVE
+    for rows in (0, 1, 181, 5793, 8192, 1 << 20):
+        assert looked_up(rows) is None
 
 
 def test_the_users_entries_win_over_those_shipped(store):
@@ -175,6 +186,58 @@ def test_a_save_that_fails_leaves_the_file_as_it_was(store, monkeypatch):
         tuning.save([entry(Config("row"))], store)
     assert store.read_text() == before
     assert sorted(p.name for p in store.parent.iterdir()) == [f".{store.name}.lock", store.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="of modes as POSIX has them")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_results_are_for_those_who_may_read_the_folder(mask, mode, store):
+    before = os.umask(mask)
+    try:
+        tuning.save([entry()], store)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert store.stat().st_mode & 0o777 == mode
+
+
+def test_a_file_that_may_not_be_read_is_left_alone(store, monkeypatch, caplog):
+    """It may be whole: nothing is set aside, and nothing written in its place."""
+    tuning.save([entry()], store)
+    before = store.read_text()
+    tuning.forget()
+    inner = tuning.Path.read_bytes
+
+    def denied(path):
+        if path == store:
+            raise PermissionError(13, "Permission denied")
+        return inner(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning.Path, "read_bytes", denied)
+        for _ in range(2):
+            assert looked_up() is None
+            tuning.forget()
+        assert caplog.text.count("cannot be read (Permission denied); ignored") == 1
+        with pytest.raises(PermissionError, match="Permission denied"):
+            tuning.save([entry(Config("row"), rows=16)], store)
+    assert store.read_text() == before
+    assert sorted(p.name for p in store.parent.iterdir()) == [f".{store.name}.lock", store.name]
+
+
+@pytest.mark.parametrize("lock", [False, True])
+def test_a_file_that_may_not_be_read_is_refused_beforehand(lock, store, monkeypatch):
+    tuning.save([entry()], store)
+    denied = store.with_name(f".{store.name}.lock") if lock else store
+    inner = open
+
+    def opened(file, *rest):
+        if file == denied:
+            raise PermissionError(13, "Permission denied")
+        return inner(file, *rest)
+
+    monkeypatch.setattr(tuning, "open", opened, raising=False)
+    with pytest.raises(PermissionError, match=rf"{denied.name}: cannot be \w+ \(Permission denied"):
+        tuning.prepare(store)
 
 
 def test_side_by_side_nobody_loses_results(store):
@@ -361,8 +424,9 @@ def test_looking_up_reads_no_file_twice(store, monkeypatch):
         raise AssertionError("read")
 
     monkeypatch.setattr(tuning, "read", never)
-    for rows in (512, 512, 4096, 3):
+    for rows in (512, 512, 2048, 128):
         assert looked_up(rows) == COOPERATIVE
+    assert looked_up(3) is None
 
 
 def test_what_programs_need_is_watched(monkeypatch):
