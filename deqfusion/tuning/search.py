@@ -17,7 +17,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -135,8 +135,11 @@ class Search:
 
     def _verify(self, trial: Trial) -> None:
         call = self.example.call(trial.way)
-        with self._watching() as compiled:
+        with self._watching() as (compiled, configs):
             answers = call()
+        if any(config != trial.way.config for config in configs):
+            trial.fault = "more programs than can be resident: ran in schedule row"
+            return
         kernel = KERNELS.get(trial.way.solve)
         spills = sum(program.spills for program in compiled if program.name == kernel)
         # The default runs whatever it needs, and is what others are held against.
@@ -147,13 +150,16 @@ class Search:
         if trial.fault is None:
             self._calls[id(trial)] = call
 
-    def _watching(self) -> Any:
-        """What the programs launched meanwhile need; on the reference there are none."""
+    @contextmanager
+    def _watching(self) -> Iterator[tuple[Sequence[Any], Sequence[Any]]]:
+        """What the programs launched meanwhile need and ran in; on the reference there are none."""
         if isinstance(self.trials[-1].way.config, Host):
-            return nullcontext(())
-        from deqfusion.kernels.launch import watching
+            yield (), ()
+            return
+        from deqfusion.kernels.launch import ran, watching
 
-        return watching()
+        with watching() as compiled, ran() as configs:
+            yield compiled, configs
 
     def sample(self, trials: Sequence[Trial], rounds: int, until: float | None = None) -> None:
         """Times trials in turn; after `SAMPLES` rounds their medians replace the times they have.
