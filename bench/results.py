@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if result["format"] not in READABLE:
         raise ValueError(
             f"{path}: got format {result['format']!r}, expected one of "
-            f"{', '.join(map(str, READABLE))} (a newer deqfusion may have written it)"
+            f"{', '.join(map(str, READABLE))} (not of deqfusion bench, or of a newer one)"
         )
     _has(result, REQUIRED, str(path))
     for index, case in enumerate(result["cases"]):

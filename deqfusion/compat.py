@@ -129,8 +129,9 @@ def load_official(
 
     Args:
         fusion: the layer to fill; its width, number of modalities and gate input decide the
-            expected shapes. Whether the gate is a sigmoid cannot be told from a checkpoint: the
-            authors' own has `gate="identity"` and `skip=True`.
+            expected shapes. Other options cannot be told from a checkpoint: the authors' have
+            `gate="identity"` and `skip=True`, those of their MM-IMDB file `tail="norm_relu"` too,
+            and a layer without gives other answers.
         state_dict: the authors' names to floating-point tensors.
         prefix: which fusion layer to take, where the checkpoint holds several.
 

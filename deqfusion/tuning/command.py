@@ -141,7 +141,7 @@ def report(found: Tuned, layer: DEQFusion, rows: int) -> None:
     if found.solver != layer.solver:
         gain = found.solver_speedup
         more = "" if gain is None else f", {gain:.2f} times as fast again"
-        print(f"set by you: DEQFusion(solver={found.solver}){more}")
+        print(f"to use it: DEQFusion(solver={found.solver}){more}")
     if found.file is not None:
         print(found.file)
 

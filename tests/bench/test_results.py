@@ -52,7 +52,7 @@ BAD = {
     '{"format": 1': "got no JSON",
     "[]": "got no format",
     "{}": "got no format, expected a result of deqfusion bench",
-    changed(format=3): "got format 3, expected one of 1, 2 (a newer deqfusion",
+    changed(format=3): "got format 3, expected one of 1, 2 (not of deqfusion bench",
     changed(format="1"): "got format '1'",
     changed(cases=None): "got cases 'None', expected a list",
     changed(environment=[]): "got environment '[]', expected a dict",
