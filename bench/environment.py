@@ -12,22 +12,10 @@ from typing import Any
 
 import torch
 
+from deqfusion.kernels import tuning
 from deqfusion.reference.solve import bfloat16_instructions
 
 PACKAGES = ("torch", "triton", "numpy", "torchdeq", "deqfusion")
-
-
-def cpu_model() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def gpu() -> dict[str, str] | None:
@@ -78,7 +66,7 @@ def record() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "system": platform.system(),
-        "cpu": cpu_model(),
+        "cpu": tuning.host_name(),
         "gpu": gpu(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -23,7 +23,6 @@ import torch
 import deqfusion
 import deqfusion.kernels as kernels
 from deqfusion import ops
-from deqfusion.bench.environment import cpu_model
 from deqfusion.kernels import tuning
 from deqfusion.reference.solve import bfloat16_instructions
 
@@ -254,7 +253,7 @@ def collect() -> dict[str, Any]:
         },
         "system": platform.platform(),
         "processor": {
-            "name": cpu_model(),
+            "name": tuning.host_name(),
             "cores": len(affinity(0)) if affinity else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),

@@ -15,9 +15,8 @@ Triton programs (`deqfusion.programs`). There is no fallback: what the programs 
 (float64, Broyden, memory above 8) is an error there. `joint_equilibrium`, which is for comparison,
 is the reference on either. What was tuned for the device (`deqfusion.kernels.tuning`) is looked up:
 the programs' configurations, and on a CPU when rows that ended leave the work. `DEQFUSION_BACKEND`
-overrides: "reference" everywhere (on CUDA without
-any synchronisation), "triton" the programs on CPU tensors too, in Triton's interpreter. The
-autograd formulas are in `deqfusion.functional`.
+overrides: "reference" everywhere (on CUDA without any synchronisation), "triton" the programs on
+CPU tensors too, in Triton's interpreter. The autograd formulas are in `deqfusion.functional`.
 """
 
 from __future__ import annotations

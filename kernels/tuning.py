@@ -92,7 +92,7 @@ class Problem:
     Attributes:
         solve: one of `SOLVES`, or "host".
         dim, groups, modalities: d, G, N.
-        precision: of products as `kernels.launch.Plan.precision` says it; for "host" the dtype.
+        precision: `SolveOptions.products`; for "host" the dtype.
         rows: R; of an entry its bucket.
     """
 

@@ -70,21 +70,26 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
+    """Where a case runs."""
     return str(request.param)
 
 
 @pytest.fixture(params=SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def layer(request: pytest.FixtureRequest, device: str) -> Layer:
+    """A layer of a shape, with features, on the device."""
     return Layer(request.param, device)
 
 
 def test_forward(benchmark: Any, layer: Layer) -> None:
+    """Both solves, without gradients."""
     with torch.no_grad():
         found = layer.timed(benchmark, lambda: layer.fusion.equilibrium(layer.features))
     assert layer.residual(found.state) <= TOL
 
 
 def test_forward_backward(benchmark: Any, layer: Layer) -> None:
+    """A training step of the layer alone."""
+
     def step() -> Tensor:
         layer.fusion.zero_grad(set_to_none=True)
         layer.features.grad = None
@@ -99,6 +104,7 @@ def test_forward_backward(benchmark: Any, layer: Layer) -> None:
 
 
 def test_cell_step(benchmark: Any, layer: Layer) -> None:
+    """One step of the joint map."""
     state = torch.zeros(len(layer.features) + 1, *layer.features.shape[1:], device=layer.device)
     with torch.no_grad():
         found = layer.timed(benchmark, lambda: layer.fusion.cell(state, layer.features))
