@@ -304,6 +304,7 @@ class DEQFusion(nn.Module):
                 eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype),
                 rows.x, rows.injection, self.modality_parameters, self.fusion_parameters,
                 self.options, rows.gate_mask, rows.present, probes,
+                eq.stats.status.reshape(self.num_modalities + 1, -1),
             )  # fmt: skip
 
     def spectral_radius(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters, joint_jvp
+from deqfusion.reference.iterate import NON_FINITE
 
 __all__ = ["jacobian_penalty"]
 
@@ -26,6 +27,7 @@ def jacobian_penalty(
     gate_mask: Tensor | None = None,
     present: Tensor | None = None,
     probes: int = 1,
+    status: Tensor | None = None,
 ) -> Tensor:
     """Estimates ||J||_F^2 / numel(state), averaged over `probes`.
 
@@ -36,13 +38,16 @@ def jacobian_penalty(
         gate_mask: (N, R, 1) presence, or None.
         present: bool (N, R) or None; absent modalities have no rows or columns in J.
         probes: >= 1.
+        status: (N+1, R) of the solves, or None; a row with a NON_FINITE block has no equilibrium.
 
     Returns:
-        (), differentiable with respect to x, injection and the parameters. NaN-free: rows whose
-        state or features are not finite count as 0. An empty batch gives 0.
+        (), differentiable with respect to x, injection and the parameters. Rows that are
+        NON_FINITE, or whose state or features are not finite, count as 0. An empty batch gives 0.
     """
     finite = x.isfinite().all(-1).all(0) & injection.isfinite().all(-1)
     finite = finite & state.isfinite().all(-1).all(0)
+    if status is not None:
+        finite = finite & (status != NON_FINITE).all(0)
     rows = finite.unsqueeze(-1)
     state, x, injection = (torch.where(rows, t, 0.0) for t in (state, x, injection))
     total = state.new_zeros(())

@@ -138,3 +138,25 @@ def test_penalty_and_its_gradient_equal_double_backward(options, masked):
         got, wanted = (torch.zeros_like(p) if p.grad is None else p.grad
                        for p in (parameter, leaves[name]))  # fmt: skip
         torch.testing.assert_close(got, wanted, **close)
+
+
+@pytest.mark.parametrize("size", [1e12, 1e20, 1e37])
+def test_penalty_with_a_row_of_huge_features(size):
+    """Its variance overflows in fp32; the others' penalty and the gradients are what they are."""
+    fusion, features = layer().float(), some_features(BATCH).float()
+    features[1, 2] = size * torch.randn(DIM)
+    features.requires_grad_()
+    eq = fusion.equilibrium(features)
+    torch.manual_seed(3)
+    penalty = fusion.jacobian_penalty(eq, features)
+    penalty.backward()
+    # A row without an equilibrium counts as 0.
+    with torch.no_grad():
+        gone = features.detach().clone()
+        gone[1, 2] = torch.nan
+        torch.manual_seed(3)
+        expected = fusion.jacobian_penalty(eq, gone)
+    rest = penalty.detach() - expected
+    assert 0.0 <= rest < 10 * expected
+    gradients = [features.grad, *(p.grad for p in fusion.parameters() if p.grad is not None)]
+    assert all(gradient.isfinite().all() for gradient in gradients)

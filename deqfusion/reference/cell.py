@@ -172,16 +172,27 @@ def joint_cell(
     return torch.cat((z, fused.unsqueeze(0)))
 
 
-def _norm_jvp(x: Tensor, dx: Tensor, weight: Tensor, o: CellOptions) -> Tensor:
-    """Derivative of `group_norm` at x in the direction dx."""
-    shape = x.shape
-    grouped = (*shape[:-1], o.num_groups, shape[-1] // o.num_groups)
-    x, dx = x.reshape(grouped), dx.reshape(grouped)
-    centred = x - x.mean(-1, keepdim=True)
+def _normalized(x: Tensor, o: CellOptions) -> tuple[Tensor, Tensor]:
+    """xhat (..., G, d / G) and inverse deviations (..., G, 1) of a group normalisation's input.
+
+    As the solves compute them, and not as PyTorch's kernel does: where a variance overflows, the
+    deviation is infinite and xhat 0, and no NaN.
+    """
+    grouped = x.unflatten(-1, (o.num_groups, -1))
+    centred = grouped - grouped.mean(-1, keepdim=True)
     rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + EPS)
-    xhat = centred * rstd
+    return centred * rstd, rstd
+
+
+def _norm_and_jvp(
+    x: Tensor, dx: Tensor, weight: Tensor, bias: Tensor, o: CellOptions
+) -> tuple[Tensor, Tensor]:
+    """Group normalisation of x (..., d), and its derivative there in the direction dx."""
+    xhat, rstd = _normalized(x, o)
+    dx = dx.unflatten(-1, (o.num_groups, -1))
     dx = dx - dx.mean(-1, keepdim=True)
-    return ((dx - xhat * (xhat * dx).mean(-1, keepdim=True)) * rstd).reshape(shape) * weight
+    dy = (dx - xhat * (xhat * dx).mean(-1, keepdim=True)) * rstd
+    return xhat.flatten(-2) * weight + bias, dy.flatten(-2) * weight
 
 
 def joint_jvp(
@@ -202,19 +213,17 @@ def joint_jvp(
     """
     z, v = state[:-1], direction[:-1]
     w1, w2 = pm.weight1.transpose(1, 2), pm.weight2.transpose(1, 2)
-    n1, n2, n3 = (
-        getattr(pm, name).unsqueeze(1) for name in ("norm1_weight", "norm2_weight", "norm3_weight")
+    (n1, b1), (n2, b2), (n3, b3) = (
+        (getattr(pm, f"norm{j}_weight").unsqueeze(1), getattr(pm, f"norm{j}_bias").unsqueeze(1))
+        for j in (1, 2, 3)
     )
     u1 = torch.baddbmm(pm.bias1.unsqueeze(1), z, w1)
-    y1 = group_norm(u1, n1, pm.norm1_bias.unsqueeze(1), o.num_groups)
-    dh = _norm_jvp(u1, torch.bmm(v, w1), n1, o) * (y1 > 0)
+    y1, dy1 = _norm_and_jvp(u1, torch.bmm(v, w1), n1, b1, o)
     u2 = torch.baddbmm(pm.bias2.unsqueeze(1) + features, F.relu(y1), w2)
-    t = group_norm(u2, n2, pm.norm2_bias.unsqueeze(1), o.num_groups)
-    dt = _norm_jvp(u2, torch.bmm(dh, w2), n2, o)
+    t, dt = _norm_and_jvp(u2, torch.bmm(dy1 * (y1 > 0), w2), n2, b2, o)
     if o.skip:
         t, dt = t + z, dt + v
-    new = group_norm(F.relu(t), n3, pm.norm3_bias.unsqueeze(1), o.num_groups)
-    dnew = _norm_jvp(F.relu(t), dt * (t > 0), n3, o)
+    new, dnew = _norm_and_jvp(F.relu(t), dt * (t > 0), n3, b3, o)
 
     zf, vf = state[-1], direction[-1]
     wz, wm = gate_weights(pf, o)
@@ -232,10 +241,10 @@ def joint_jvp(
         y, dy = y * fusion_mask, dy * fusion_mask
     y = y + injection
     if o.tail == "norm_relu":
-        out = group_norm(y, pf.norm_weight, pf.norm_bias, o.num_groups)
-        dfused = _norm_jvp(y, dy, pf.norm_weight, o) * (out > 0)
+        out, dfused = _norm_and_jvp(y, dy, pf.norm_weight, pf.norm_bias, o)
+        dfused = dfused * (out > 0)
     else:
-        dfused = _norm_jvp(F.relu(y), dy * (y > 0), pf.norm_weight, o)
+        _, dfused = _norm_and_jvp(F.relu(y), dy * (y > 0), pf.norm_weight, pf.norm_bias, o)
     return torch.cat((dnew, dfused.unsqueeze(0)))
 
 
