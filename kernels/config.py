@@ -128,17 +128,18 @@ def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128)
         padded: P, channels of a padded group.
 
     Without spills up to groups of 256 channels: below 90 the compiler keeps more of a program in
-    registers, so that adjoints need one stage, and schedule step tiles of 32 x 128 instead of 64 x
-    128; above 90 products are deeper, and of wide groups shallower. `python -m
-    deqfusion.kernels.targets` tells, and what wider groups spill.
+    registers, so that products are half as deep, adjoints have one stage, and schedule step tiles
+    of 32 x 128 instead of 64 x 128, as adjoints of wide groups have everywhere; above 90 products
+    are deeper, and of wide groups shallower. `python -m deqfusion.kernels.targets` tells, and what
+    wider groups spill.
     """
     old, wide = 0 < capability < 90, padded >= 256
     if schedule == "step":
-        rows = max(16, min(32, 4096 // padded) if old else min(64, 8192 // padded))
-        warps = 8 if old or rows * padded >= 4096 else 4
+        most = 4096 if old or (adjoint and wide) else 8192
+        rows = max(16, min(32 if old else 64, most // padded))
         depth = 16 if wide else 64 if capability >= 100 else 32
-        return Config(schedule, rows, depth=depth, warps=warps, stages=2)
-    depth, stages = 16 if wide else 32, 1 if adjoint and (old or wide) else 2
+        return Config(schedule, rows, depth=depth, warps=8, stages=2)
+    depth, stages = 16 if old or wide else 32, 1 if adjoint and (old or wide) else 2
     return Config(schedule, rows=16, depth=depth, warps=8, stages=stages)
 
 

@@ -9,10 +9,11 @@ r"""The fusion equilibrium in one launch (schedule *step*: a launch per phase).
 (ceil(R / BM), 1, 1 or G).
 
 Scratch (packed, width W = G P, R' = R rounded up to BM), fp32: packed modalities and constants (N,
-R', W); x_f, z, u, best_f, best_g (R', W); history f, g (M, R', W); gram (1 or G, R', M, M). Weights
-(W, W), transposed; vectors (4, W): b_g, b_f, weight and bias of GN. Unpacked: modalities (N, R, d),
-x_f, init, out (R, d) and F (R, d) in the dtype of the features; gate mask M (N, R, 1 or d);
-modality_status int32 (N, R); status, steps int32, residual fp32 (R); trace (R, max_steps, 2) fp32.
+R', W); per row block 5 planes (BM, W), x_f, z, u, best_f, best_g; history f, g (M, R', W); gram (1
+or G, R', M, M); the rest as in `kernels.modality`. Weights (W, W), transposed; vectors (4, W): b_g,
+b_f, weight and bias of GN. Unpacked: modalities (N, R, d), x_f, init, out (R, d) and F (R, d) in
+the dtype of the features; gate mask M (N, R, 1 or d); modality_status int32 (N, R); status, steps
+int32, residual fp32 (R); trace (R, max_steps, 2) fp32.
 PHASE: 1 start, 2 constants, 3 to 5 a step, 6 end.
 Source: arXiv 2306.16645, equations 6 and 7.
 """
@@ -22,7 +23,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import affine, ladder_product, load_true, product, relu, standardise, store_true
+from .primitives import (
+    affine,
+    deltas_of,
+    keep,
+    ladder_product,
+    load_true,
+    product,
+    relu,
+    standardise,
+    store_true,
+)
 from .schedule import SUMS, leave, meet, own_groups
 from .solver import (
     NON_FINITE,
@@ -31,6 +42,7 @@ from .solver import (
     forget_ended,
     fresh,
     gather_sums,
+    kind_of,
     load_rows,
     no_sums,
     record,
@@ -84,14 +96,14 @@ def injection_tile(x, begin, local, live, group, column, DIM: tl.constexpr, DG: 
 
 @triton.jit
 def injected(
-    u, wf, lowf, vectors, x_tile, factor, group, depth, exact,
+    u, wf, lowf, delta, through, vectors, x_tile, factor, group, depth, kind,
     W: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, LADDER: tl.constexpr,
 ):  # fmt: skip
-    """v [BM, P] of one group; factor: the tile of F, or 1."""
+    """v [BM, P] of one group; factor: the tile of F, or 1; the rest: `ladder_product`."""
     bias = tl.load(vectors + W + group * P + tl.arange(0, P))
     v = ladder_product(
-        u, wf + group * P, lowf + group * P, depth, exact, W, BM, P, BK, PRECISION, LADDER
+        u, wf, lowf, delta, through, group, depth, kind, W, BM, P, BK, PRECISION, LADDER
     )
     return (v + bias[None, :]) * factor + x_tile
 
@@ -119,7 +131,8 @@ def fusion_solve_kernel(
     modalities, x, modality_status, init, gate_mask, fusion_mask, out, status, steps, residual,
     trace, tolerance,
     wg, wf, lowg, lowf, wm, vectors,
-    packed, constants, x_rows, z, u, best_f, best_g, f, g, gram, partials, counters, saved,
+    packed, constants, scratch, f, g, anchors, gram, partials,
+    counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
@@ -140,9 +153,14 @@ def fusion_solve_kernel(
     history = padded_rows.to(tl.int64) * W
     status, steps, residual = status + begin, steps + begin, residual + begin
     trace = trace + begin * max_steps * 2
-    z, u, best_f, best_g = z + begin * W, u + begin * W, best_f + begin * W, best_g + begin * W
-    packed, constants, x_rows = packed + begin * W, constants + begin * W, x_rows + begin * W
+    # One pointer, and offsets that the compiler knows, as in `kernels.modality`.
+    scratch = scratch + begin * 5 * W
+    x_rows, z, u = scratch, scratch + BM * W, scratch + 2 * BM * W
+    best_f, best_g = scratch + 3 * BM * W, scratch + 4 * BM * W
+    packed, constants = packed + begin * W, constants + begin * W
     f, g = f + begin * W, g + begin * W
+    anchors = anchors + begin * 5 * W
+    deltas = deltas_of(anchors, W, BM, LADDER)
     gram = gram + (first_group * padded_rows.to(tl.int64) + begin) * (M * M)
     partials, counter = partials + block * (2 * SUMS * G * BM), counters + block
     saved = saved + (block * G + first_group) * (SAVED * BM)
@@ -172,9 +190,7 @@ def fusion_solve_kernel(
                 value = load_true(plane, begin, local, live, group, column, DIM, DG)
                 tl.store(packed + i * history + tile, value)
         alive = live
-        running, best, improved_at, restarts, first, done, exact, step = fresh(
-            alive, max_steps, BM, LADDER
-        )
+        running, best, improved_at, restarts, first, done, exact, step = fresh(alive, BM, LADDER)
         if PHASE == 1:
             store_rows(
                 saved, counters, first_group, alive, running, best, improved_at, restarts, first,
@@ -197,13 +213,14 @@ def fusion_solve_kernel(
             depth = tl.where(tl.max(done, 0) == 0, 0, W)
             if INIT:
                 depth = W + 0 * step
+            kind = kind_of(exact, step, LADDER)
             tl.debug_barrier()
             if PHASE == 0 or PHASE == 3:
                 for group in range(first_group, last_group):
                     tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
                     p = ladder_product(
-                        z, wg + group * P, lowg + group * P, depth, exact, W, BM, P, BK, PRECISION,
-                        LADDER,
+                        z, wg, lowg, deltas, anchors + BM * W, group, depth, kind, W, BM, P, BK,
+                        PRECISION, LADDER,
                     )  # fmt: skip
                     s = tl.zeros([BM, P], dtype=tl.float32)
                     for i in range(0, N):
@@ -212,7 +229,9 @@ def fusion_solve_kernel(
                             tile, history, DIM, DG, SIGMOID, GATE_MASK,
                         )  # fmt: skip
                         s += a * factor
-                    tl.store(u + tile, s * tl.load(z + tile))
+                    value = s * tl.load(z + tile)
+                    tl.store(u + tile, value)
+                    keep(value, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
             meet(counter, meeting + 1, G, COOPERATIVE)
             if PHASE == 0 or PHASE == 4:
                 g2, f2, dots = no_sums(BM)
@@ -222,8 +241,9 @@ def fusion_solve_kernel(
                     if FUSION_MASK:
                         factor = load_true(fusion_mask, begin, local, live, group, column, DIM, DG)
                     v = injected(
-                        u, wf, lowf, vectors, tl.load(x_rows + tile), factor, group, depth, exact,
-                        W, P, BM, BK, PRECISION, LADDER,
+                        u, wf, lowf, deltas + BM * W, anchors + 3 * BM * W, vectors,
+                        tl.load(x_rows + tile), factor, group, depth, kind, W, P, BM, BK, PRECISION,
+                        LADDER,
                     )  # fmt: skip
                     t, _, _ = normalised(v, vectors, group, W, DG, P, RELU_LAST)
                     g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
@@ -233,10 +253,10 @@ def fusion_solve_kernel(
                 if SPREAD:
                     g2, f2, dots = gather_sums(partials, step, G, M, BM)
                 alive, running, best, improved_at, restarts, first, done, exact, step = finish(
-                    z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2,
-                    dots, step, max_steps, alive, running, best, improved_at, restarts, first, done,
-                    exact, rtol, atol, ridge, mixing, first_group, last_group, W, P, M, BM,
-                    RELATIVE, LADDER, TRACE, False,
+                    z, best_f, best_g, f, g, history, anchors, deltas, gram, status, steps,
+                    residual, trace, g2, f2, dots, step, max_steps, alive, running, best,
+                    improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
+                    first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE, False, True,
                 )  # fmt: skip
             meeting += 3
             meet(counter, meeting, G, COOPERATIVE)

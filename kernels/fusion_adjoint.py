@@ -10,12 +10,12 @@ dc_i = y z* M_i a_i', and with what the parameter gradients are made of (`kernel
 factors F r, u = s z* of dW_f, y t, z* of dW_g and dc_i, z_i of dW_m, and the sums over its rows of
 sum_i dc_i, F r, lambda xhat, lambda (behind the ReLU).
 
-Scratch (packed, W = G P, R' = R rounded up to BM), fp32: unit gradient, z, gate W_g z*, s, t, y s,
-xhat, open (behind the ReLU), best_f, best_g (R', W); rstd (R', G); scale (R'); constants
-(N, R', W); left, right (2 + N, R', W) the factors in the order above; history, gram, partials and
-counters as in `kernels.fusion`; sums (ceil(R / BM), 4, 1, W). Weights forward and, for products
-with W itself, backward. Unpacked: gradient, state, x_f, dx (R, d); modalities, dm (N, R, d).
-PHASE: 1 to 3 the linearisation, 4 to 7 a step, 8 to 10 the VJP.
+Scratch (packed, W = G P, R' = R rounded up to BM), fp32: per row block 10 planes (BM, W), unit
+gradient, z, gate W_g z*, s, t, y s, xhat, open (behind the ReLU), best_f, best_g; rstd (R', G);
+scale (R'); constants (N, R', W); left, right (2 + N, R', W) the factors in the order above;
+history, gram, partials and counters as in `kernels.fusion`; sums (ceil(R / BM), 4, 1, W). Weights
+forward and, for products with W itself, backward. Unpacked: gradient, state, x_f, dx (R, d);
+modalities, dm (N, R, d). PHASE: 1 to 3 the linearisation, 4 to 7 a step, 8 to 10 the VJP.
 Source: implicit function theorem; S. Bai et al., "Deep equilibrium models", NeurIPS 2019.
 """
 
@@ -25,7 +25,17 @@ import triton
 import triton.language as tl
 
 from .fusion import constant, gate, injected, injection_tile, normalised
-from .primitives import affine, ladder_product, load_true, product, standardise_vjp, store_true
+from .primitives import (
+    EXACT,
+    affine,
+    deltas_of,
+    keep,
+    ladder_product,
+    load_true,
+    product,
+    standardise_vjp,
+    store_true,
+)
 from .scaling import divisor_of, largest_of, scales
 from .schedule import SUMS, gather, gather_largest, meet, own_groups, share
 from .solver import (
@@ -34,6 +44,7 @@ from .solver import (
     finish,
     fresh,
     gather_sums,
+    kind_of,
     load_rows,
     no_sums,
     record,
@@ -82,8 +93,8 @@ def back(
 def fusion_adjoint_kernel(
     gradient, state, solved, modalities, x, gate_mask, fusion_mask, dm, dx, status, steps, residual,
     wg, wf, wm, bg, bf, bm, lowbg, lowbf, vectors,
-    unit, z, through, s, t, ys, xhat, open_, best_f, best_g, rstd, constants, scale, left, right,
-    sums, f, g, gram, partials, counters, saved,
+    scratch, rstd, constants, scale, left, right, sums, f, g, anchors, gram, partials, counters,
+    saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
@@ -103,10 +114,12 @@ def fusion_adjoint_kernel(
     first_group, last_group = own_groups(G)
     history = padded_rows.to(tl.int64) * W
     status, steps, residual = status + begin, steps + begin, residual + begin
-    unit, z, through = unit + begin * W, z + begin * W, through + begin * W
-    s, t = s + begin * W, t + begin * W
-    ys, xhat, open_ = ys + begin * W, xhat + begin * W, open_ + begin * W
-    best_f, best_g, rstd = best_f + begin * W, best_g + begin * W, rstd + begin * G
+    # One pointer, and offsets that the compiler knows, as in `kernels.modality`.
+    scratch = scratch + begin * 10 * W
+    unit, z, through = scratch, scratch + BM * W, scratch + 2 * BM * W
+    s, t, ys = scratch + 3 * BM * W, scratch + 4 * BM * W, scratch + 5 * BM * W
+    xhat, open_ = scratch + 6 * BM * W, scratch + 7 * BM * W
+    best_f, best_g, rstd = scratch + 8 * BM * W, scratch + 9 * BM * W, rstd + begin * G
     constants, f, g = constants + begin * W, f + begin * W, g + begin * W
     gram = gram + (first_group * padded_rows.to(tl.int64) + begin) * (M * M)
     partials, counter = partials + block * (2 * SUMS * G * BM), counters + block
@@ -114,7 +127,8 @@ def fusion_adjoint_kernel(
     r_rows, u_rows = left + begin * W, right + begin * W
     yt_rows, z_rows = r_rows + history, u_rows + history
     dc_rows, m_rows = yt_rows + history, z_rows + history
-    scale = scale + begin
+    scale, anchors = scale + begin, anchors + begin * 5 * W
+    deltas = deltas_of(anchors, W, BM, LADDER)
     take_part = live & (tl.load(solved + begin + local, mask=live, other=0) != NON_FINITE)
     meeting = 1
 
@@ -193,7 +207,23 @@ def fusion_adjoint_kernel(
                 factor = load_true(fusion_mask, begin, local, take_part, group, column, DIM, DG)
             x_tile = injection_tile(x, begin, local, take_part, group, column, DIM, DG)
             v = injected(
-                u_rows, wf, wf, vectors, x_tile, factor, group, W, 1, W, P, BM, BK, PRECISION, ""
+                u_rows,
+                wf,
+                wf,
+                z,
+                0,
+                vectors,
+                x_tile,
+                factor,
+                group,
+                W,
+                EXACT,
+                W,
+                P,
+                BM,
+                BK,
+                PRECISION,
+                "",
             )
             _, hat, deviation = normalised(v, vectors, group, W, DG, P, RELU_LAST)
             tl.store(xhat + tile, hat)
@@ -205,9 +235,7 @@ def fusion_adjoint_kernel(
         alive = take_part
         if not TRUNCATED:
             alive = alive & (largest > 0.0)
-        running, best, improved_at, restarts, first, done, exact, step = fresh(
-            alive, max_steps, BM, LADDER
-        )
+        running, best, improved_at, restarts, first, done, exact, step = fresh(alive, BM, LADDER)
         if PHASE == 3:
             store_rows(
                 saved, counters, first_group, alive, running, best, improved_at, restarts, first,
@@ -222,6 +250,7 @@ def fusion_adjoint_kernel(
         going = tl.max(alive.to(tl.int32), 0)
         while going > 0:
             depth = tl.where(tl.max(done, 0) == 0, 0, W)
+            kind = kind_of(exact, step, LADDER)
             if PHASE == 0 or PHASE == 4:
                 for group in range(first_group, last_group):
                     tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
@@ -232,24 +261,27 @@ def fusion_adjoint_kernel(
                     if FUSION_MASK:
                         r *= load_true(fusion_mask, begin, local, take_part, group, column, DIM, DG)
                     tl.store(r_rows + tile, r)
+                    keep(r, anchors, deltas, tile, kind, LADDER)
             meet(counter, meeting + 1, G, COOPERATIVE)
             if PHASE == 0 or PHASE == 5:
                 for group in range(first_group, last_group):
                     tile = local[:, None] * W + (group * P + column)[None, :]
                     y = ladder_product(
-                        r_rows, bf + group * P, lowbf + group * P, depth, exact, W, BM, P, BK,
-                        PRECISION, LADDER,
+                        r_rows, bf, lowbf, deltas, anchors + BM * W, group, depth, kind, W, BM, P,
+                        BK, PRECISION, LADDER,
                     )  # fmt: skip
                     tl.store(ys + tile, y * tl.load(s + tile))
-                    tl.store(yt_rows + tile, y * tl.load(t + tile))
+                    yt = y * tl.load(t + tile)
+                    tl.store(yt_rows + tile, yt)
+                    keep(yt, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
             meet(counter, meeting + 2, G, COOPERATIVE)
             if PHASE == 0 or PHASE == 6:
                 g2, f2, dots = no_sums(BM)
                 for group in range(first_group, last_group):
                     tile = local[:, None] * W + (group * P + column)[None, :]
                     value = ladder_product(
-                        yt_rows, bg + group * P, lowbg + group * P, depth, exact, W, BM, P, BK,
-                        PRECISION, LADDER,
+                        yt_rows, bg, lowbg, deltas + BM * W, anchors + 3 * BM * W, group, depth,
+                        kind, W, BM, P, BK, PRECISION, LADDER,
                     )  # fmt: skip
                     value += tl.load(ys + tile) + tl.load(unit + tile)
                     g2, f2, dots = record(value, z, f, g, history, tile, step, g2, f2, dots, M)
@@ -259,10 +291,10 @@ def fusion_adjoint_kernel(
                 if SPREAD:
                     g2, f2, dots = gather_sums(partials, step, G, M, BM)
                 alive, running, best, improved_at, restarts, first, done, exact, step = finish(
-                    z, best_f, best_g, f, g, history, gram, status, steps, residual, residual, g2,
-                    f2, dots, step, max_steps, alive, running, best, improved_at, restarts, first,
-                    done, exact, rtol, atol, ridge, mixing, first_group, last_group, W, P, M, BM,
-                    RELATIVE, LADDER, False, TRUNCATED,
+                    z, best_f, best_g, f, g, history, anchors, deltas, gram, status, steps,
+                    residual, residual, g2, f2, dots, step, max_steps, alive, running, best,
+                    improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
+                    first_group, last_group, W, P, M, BM, RELATIVE, LADDER, False, TRUNCATED, False,
                 )  # fmt: skip
             tl.debug_barrier()
             meeting += 3

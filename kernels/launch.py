@@ -22,6 +22,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from . import tuning
 from .config import COUNTERS, MAX_PADDED, SCHEDULES, Config, SolveOptions, shipped
 from .cost import default_config
+from .ended import Ended
 from .layout import Layout
 from .primitives import interpreted
 from .schedule import SUMS as _SUMS
@@ -214,16 +215,18 @@ class Plan:
         return self.empty(*leading, self.size, self.layout.width)
 
     def history(self, counters: Tensor) -> tuple[Tensor, ...]:
-        """f, g, gram, partials, counters and saved of the solver.
+        """f, g, anchors, gram, partials, counters and saved of the solver.
 
         counters: `COUNTERS` zeros. Of meetings, one per row block; in schedule step the first
         counts the row blocks that have ended.
         """
         slots = self.options.slots
         f, g = (self.rows_of(max(slots, 1), self.blocks) for _ in range(2))
+        # Per row block four planes in fp32 and two in bfloat16, `kernels.solver`.
+        anchors = self.rows_of(self.blocks, 5) if self.options.climbs else f
         gram = self.empty(self.groups, self.blocks, self.size, slots, slots)
         if self.config.schedule == "row":
-            return f, g, gram, gram, gram, gram
+            return f, g, anchors, gram, gram, gram, gram
         if self.cooperative and self.blocks * self.programs > COUNTERS:
             counters = counters.new_zeros(self.blocks * self.programs)
         partials = self.empty(2 * SUMS, self.layout.groups, self.blocks, self.size)
@@ -232,7 +235,7 @@ class Plan:
             saved = self.empty(
                 self.blocks, self.programs, self.groups, SAVED, self.config.rows, dtype=torch.int32
             )
-        return f, g, gram, partials, counters, saved
+        return f, g, anchors, gram, partials, counters, saved
 
     def numbers(self) -> tuple[float | int, ...]:
         """rows, padded rows, max_steps, rtol, atol, ridge, mixing."""
@@ -308,36 +311,6 @@ class Plan:
     def most_steps(self) -> int:
         """Evaluations of a row block at most: rows that wait do not evaluate, others may."""
         return self.options.max_steps * (2 if self.options.climbs else 1)
-
-
-class Ended:
-    """Whether all row blocks of a solve have ended, as far as the device has told.
-
-    A count is on its way from the device at any time, and is looked at when it is there: nothing
-    waits. Launches that were not needed end at once. Under capture of a CUDA graph it never says
-    so, and all steps are launched.
-    """
-
-    def __init__(self, counters: Tensor, expected: int) -> None:
-        self._counter, self._expected = counters[:1], expected
-        self._copy: Tensor | None = None
-        self._event: torch.cuda.Event | None = None
-
-    def __call__(self) -> bool:
-        if self._counter.device.type != "cuda":
-            return int(self._counter) == self._expected
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        if self._event is not None and self._copy is not None:
-            if not self._event.query():
-                return False
-            if int(self._copy) == self._expected:
-                return True
-        self._copy = torch.empty(1, dtype=torch.int32, device="cpu", pin_memory=True)
-        self._copy.copy_(self._counter, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
-        return False
 
 
 def _tuned(

@@ -8,12 +8,13 @@ Anderson step, and again, until the rows have ended. z, h and the history go thr
 (scratch of the rows' own, which stays in L2); weights are streamed. Grid: (ceil(R / BM), N, 1 or
 G).
 
-Scratch (packed, `kernels.layout`, width W = G P; R' = R rounded up to BM), fp32: packed x, z, h,
-best_f, best_g (N, R', W); history f, g (M, N, R', W); gram (1 or G, N, R', M, M). Weights (N, W,
-W), W_j^T; vectors (N, 8, W): b_1, weight and bias of GN_1, b_2, those of GN_2 and of GN_3.
-Unpacked: x, init and out (N, R, d) in the dtype of the features; present int8, status, steps int32,
-residual fp32 (N, R); trace (N, R, max_steps, 2) fp32. Precision: `kernels.primitives`; groups,
-meetings, PHASE (1 start, 2 to 4 a step, 5 end), partials, counters, saved: `kernels.schedule`.
+Scratch (packed, `kernels.layout`, width W = G P; R' = R rounded up to BM), fp32: per row block 5
+planes (BM, W), packed x, z, h, best_f, best_g; history f, g (M, N, R', W); gram (1 or G, N, R', M,
+M). Weights (N, W, W), W_j^T; vectors (N, 8, W): b_1, weight and bias of GN_1, b_2, those of GN_2
+and of GN_3. Unpacked: x, init and out (N, R, d) in the dtype of the features; present int8, status,
+steps int32, residual fp32 (N, R); trace (N, R, max_steps, 2) fp32. Precision: `kernels.primitives`;
+groups, meetings, PHASE (1 start, 2 to 4 a step, 5 end), partials, counters, saved:
+`kernels.schedule`; anchors, deltas: `kernels.solver`.
 Source: arXiv 2306.16645, equations 3 to 5.
 """
 
@@ -22,7 +23,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import affine, ladder_product, load_true, relu, standardise, store_true
+from .primitives import (
+    affine,
+    deltas_of,
+    keep,
+    ladder_product,
+    load_true,
+    relu,
+    standardise,
+    store_true,
+)
 from .schedule import SUMS, leave, meet, own_groups
 from .solver import (
     SAVED,
@@ -30,6 +40,7 @@ from .solver import (
     forget_ended,
     fresh,
     gather_sums,
+    kind_of,
     load_rows,
     no_sums,
     record,
@@ -44,15 +55,18 @@ PHASES = (1, 3, 1)
 
 @triton.jit
 def hidden(
-    z, w1, low1, vectors, group, depth, exact,
+    z, w1, low1, delta, through, vectors, group, depth, kind,
     W: tl.constexpr, DG: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, LADDER: tl.constexpr,
 ):  # fmt: skip
-    """h, xhat_1 [BM, P] and rstd_1 [BM] of one group; vectors: of this modality."""
+    """h, xhat_1 [BM, P] and rstd_1 [BM] of one group; vectors: of this modality.
+
+    delta, through, kind: as of `ladder_product`.
+    """
     column = tl.arange(0, P)
     v = vectors + group * P + column
     u = ladder_product(
-        z, w1 + group * P, low1 + group * P, depth, exact, W, BM, P, BK, PRECISION, LADDER
+        z, w1, low1, delta, through, group, depth, kind, W, BM, P, BK, PRECISION, LADDER
     )
     xhat, rstd = standardise(u + tl.load(v)[None, :], column, DG)
     return relu(affine(xhat, tl.load(v + W), tl.load(v + 2 * W))), xhat, rstd
@@ -60,16 +74,14 @@ def hidden(
 
 @triton.jit
 def evaluated(
-    h, w2, low2, vectors, injected, z_tile, group, exact,
+    h, w2, low2, delta, through, vectors, injected, z_tile, group, kind,
     W: tl.constexpr, DG: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     SKIP: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
 ):  # fmt: skip
     """f [BM, P] of one group, and xhat_2, rstd_2, xhat_3, rstd_3; injected: the tile of x."""
     column = tl.arange(0, P)
     v = vectors + 3 * W + group * P + column
-    q = ladder_product(
-        h, w2 + group * P, low2 + group * P, W, exact, W, BM, P, BK, PRECISION, LADDER
-    )
+    q = ladder_product(h, w2, low2, delta, through, group, W, kind, W, BM, P, BK, PRECISION, LADDER)
     xhat2, rstd2 = standardise(q + tl.load(v)[None, :] + injected, column, DG)
     t = affine(xhat2, tl.load(v + W), tl.load(v + 2 * W))
     if SKIP:
@@ -85,7 +97,8 @@ def evaluated(
 def modality_solve_kernel(
     x, init, present, out, status, steps, residual, trace, tolerance,
     w1, w2, low1, low2, vectors,
-    packed, z, h, best_f, best_g, f, g, gram, partials, counters, saved,
+    scratch, f, g, anchors, gram,
+    partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     M: tl.constexpr, SKIP: tl.constexpr, INIT: tl.constexpr, PRESENT: tl.constexpr,
@@ -112,8 +125,13 @@ def modality_solve_kernel(
     status, steps = status + unpacked + begin, steps + unpacked + begin
     residual = residual + unpacked + begin
     trace = trace + (unpacked + begin) * max_steps * 2
-    z, h, best_f, best_g = z + own * W, h + own * W, best_f + own * W, best_g + own * W
-    packed, f, g = packed + own * W, f + own * W, g + own * W
+    # One pointer, and offsets that the compiler knows: five would not all find registers.
+    scratch = scratch + own * 5 * W
+    packed, z, h = scratch, scratch + BM * W, scratch + 2 * BM * W
+    best_f, best_g = scratch + 3 * BM * W, scratch + 4 * BM * W
+    f, g = f + own * W, g + own * W
+    anchors = anchors + own * 5 * W
+    deltas = deltas_of(anchors, W, BM, LADDER)
     gram = gram + (first_group * count * padded_rows + own) * (M * M)
     place = k * tl.num_programs(0) + block
     partials, counter = partials + place * (2 * SUMS * G * BM), counters + place
@@ -141,9 +159,7 @@ def modality_solve_kernel(
             known = alive[:, None] & (tl.abs(start) < float("inf"))
             tl.store(best_f + tile, tl.where(known, start, 0.0))
         meet(counter, meeting, G, COOPERATIVE)
-        running, best, improved_at, restarts, first, done, exact, step = fresh(
-            alive, max_steps, BM, LADDER
-        )
+        running, best, improved_at, restarts, first, done, exact, step = fresh(alive, BM, LADDER)
         if PHASE == 1:
             store_rows(
                 saved, counters, first_group, alive, running, best, improved_at, restarts, first,
@@ -159,13 +175,16 @@ def modality_solve_kernel(
             depth = tl.where(tl.max(done, 0) == 0, 0, W)
             if INIT:
                 depth = W + 0 * step
+            kind = kind_of(exact, step, LADDER)
             if PHASE == 0 or PHASE == 2:
                 for group in range(first_group, last_group):
+                    tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
                     value, _, _ = hidden(
-                        z, w1, low1, vectors, group, depth, exact, W, DG, P, BM, BK, PRECISION,
-                        LADDER,
+                        z, w1, low1, deltas, anchors + BM * W, vectors, group, depth, kind, W, DG,
+                        P, BM, BK, PRECISION, LADDER,
                     )  # fmt: skip
-                    tl.store(h + (local[:, None] * W + (group * P + column)[None, :]), value)
+                    tl.store(h + tile, value)
+                    keep(value, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
             meet(counter, meeting + 1, G, COOPERATIVE)
             if PHASE == 0 or PHASE == 3:
                 g2, f2, dots = no_sums(BM)
@@ -173,8 +192,9 @@ def modality_solve_kernel(
                     tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
                     z_tile = tl.load(z + tile)
                     t, _, _, _, _ = evaluated(
-                        h, w2, low2, vectors, tl.load(packed + tile), z_tile, group, exact, W, DG,
-                        P, BM, BK, SKIP, PRECISION, LADDER,
+                        h, w2, low2, deltas + BM * W, anchors + 3 * BM * W, vectors,
+                        tl.load(packed + tile), z_tile, group, kind, W, DG, P, BM, BK, SKIP,
+                        PRECISION, LADDER,
                     )  # fmt: skip
                     g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
                 share_sums(partials, step, first_group, g2, f2, dots, G, M, BM, SPREAD)
@@ -183,10 +203,10 @@ def modality_solve_kernel(
                 if SPREAD:
                     g2, f2, dots = gather_sums(partials, step, G, M, BM)
                 alive, running, best, improved_at, restarts, first, done, exact, step = finish(
-                    z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2,
-                    dots, step, max_steps, alive, running, best, improved_at, restarts, first, done,
-                    exact, rtol, atol, ridge, mixing, first_group, last_group, W, P, M, BM,
-                    RELATIVE, LADDER, TRACE, False,
+                    z, best_f, best_g, f, g, history, anchors, deltas, gram, status, steps,
+                    residual, trace, g2, f2, dots, step, max_steps, alive, running, best,
+                    improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
+                    first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE, False, True,
                 )  # fmt: skip
             meeting += 3
             meet(counter, meeting, G, COOPERATIVE)

@@ -11,11 +11,12 @@ gradients are made of (`kernels.gradients`): the factors s, z* and q, h of the w
 and the sums over its rows of s, r xhat_1, r, q, p xhat_2, p, lambda xhat_3, lambda. N_j: the VJP of
 the j-th normalisation. Rows that are NON_FINITE, absent, or whose g is 0 take no part.
 
-Scratch (packed, W = G P, R' = R rounded up to BM), fp32: unit gradient, z, p, best_f, best_g,
-xhat (3, .) and the factors left, right (2 N, R', W); rstd (N, R', G, 3); scale (N, R'); history,
-gram, partials and counters as in `kernels.modality`; sums (ceil(R / BM), 8, N, W). Weights forward
-(N, W, W) W_j^T, and backward W_j. Unpacked: gradient, state, x, dx (N, R, d). PHASE: 1 to 3 the
-linearisation, 4 to 7 a step, 8 and 9 the VJP.
+Scratch (packed, W = G P, R' = R rounded up to BM), fp32: per row block 8 planes (BM, W), unit
+gradient, z, p, best_f, best_g, xhat_1 to xhat_3; the factors left, right (2 N, R', W); rstd (N, R',
+G, 4), rstd_1 to rstd_3 and what a row's g was divided by; history, gram, partials, counters and so
+on as in `kernels.modality`; sums (ceil(R / BM), 8, N, W). Weights forward (N, W, W) W_j^T, and
+backward W_j. Unpacked: gradient, state, x, dx (N, R, d). PHASE: 1 to 3 the linearisation, 4 to 7 a
+step, 8 and 9 the VJP.
 Source: implicit function theorem; S. Bai et al., "Deep equilibrium models", NeurIPS 2019.
 """
 
@@ -25,7 +26,17 @@ import triton
 import triton.language as tl
 
 from .modality import evaluated, hidden
-from .primitives import affine, ladder_product, load_true, product, standardise_vjp, store_true
+from .primitives import (
+    EXACT,
+    affine,
+    deltas_of,
+    keep,
+    ladder_product,
+    load_true,
+    product,
+    standardise_vjp,
+    store_true,
+)
 from .scaling import divisor_of, largest_of, scales
 from .schedule import SUMS, gather, gather_largest, meet, own_groups, share
 from .solver import (
@@ -34,6 +45,7 @@ from .solver import (
     finish,
     fresh,
     gather_sums,
+    kind_of,
     load_rows,
     no_sums,
     record,
@@ -48,7 +60,7 @@ PHASES = (3, 4, 2)
 
 @triton.jit
 def outer(
-    gradient, xhat, rstd, vectors, z, tile, local, group, plane,
+    gradient, xhat, rstd, vectors, z, tile, local, group, plane: tl.constexpr,
     W: tl.constexpr, G: tl.constexpr, DG: tl.constexpr, P: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """p and q [BM, P] of one group, from a tile of lambda.
@@ -57,7 +69,7 @@ def outer(
     """
     column = tl.arange(0, P)
     v = vectors + group * P + column
-    at = (local * G + group) * 3
+    at = (local * G + group) * 4
     xhat2 = tl.load(xhat + plane + tile)
     xhat3 = tl.load(xhat + 2 * plane + tile)
     t = affine(xhat2, tl.load(v + 4 * W), tl.load(v + 5 * W))
@@ -82,7 +94,7 @@ def inner(
     xhat1 = tl.load(xhat + tile)
     w1 = tl.load(v + W)
     r = tl.where(affine(xhat1, w1, tl.load(v + 2 * W)) > 0.0, r, 0.0)
-    s = standardise_vjp(r * w1[None, :], xhat1, tl.load(rstd + (local * G + group) * 3), column, DG)
+    s = standardise_vjp(r * w1[None, :], xhat1, tl.load(rstd + (local * G + group) * 4), column, DG)
     return r, s, xhat1
 
 
@@ -90,8 +102,8 @@ def inner(
 def modality_adjoint_kernel(
     gradient, state, solved, x, present, dx, status, steps, residual,
     w1, w2, b1, b2, lowb1, lowb2, vectors,
-    unit, z, p, best_f, best_g, xhat, rstd, scale, left, right, sums, f, g, gram, partials,
-    counters, saved,
+    scratch, rstd, left, right, sums, f, g, anchors,
+    gram, partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     M: tl.constexpr, SKIP: tl.constexpr, PRESENT: tl.constexpr, TRUNCATED: tl.constexpr,
@@ -117,10 +129,13 @@ def modality_adjoint_kernel(
     x, dx = x + unpacked * DIM, dx + unpacked * DIM
     status, steps = status + unpacked + begin, steps + unpacked + begin
     residual = residual + unpacked + begin
-    unit, z, p = unit + own * W, z + own * W, p + own * W
-    best_f, best_g = best_f + own * W, best_g + own * W
-    f, g, xhat, rstd = f + own * W, g + own * W, xhat + own * W, rstd + own * (3 * G)
-    scale = scale + own
+    # One pointer, and offsets that the compiler knows: eight would not all find registers.
+    scratch = scratch + own * 8 * W
+    unit, z, p = scratch, scratch + BM * W, scratch + 2 * BM * W
+    best_f, best_g, xhat = scratch + 3 * BM * W, scratch + 4 * BM * W, scratch + 5 * BM * W
+    f, g, rstd = f + own * W, g + own * W, rstd + own * (4 * G)
+    anchors = anchors + own * 5 * W
+    deltas = deltas_of(anchors, W, BM, LADDER)
     # Factors of dW_1 and dW_2, one after the other: s and z*, q and h.
     s_rows, q_rows = left + own * W, left + (history + own * W)
     z_rows, h_rows = right + own * W, right + (history + own * W)
@@ -163,12 +178,12 @@ def modality_adjoint_kernel(
             value = value / divisor[:, None]
             total += tl.sum(value * value, 1)
             h, xhat1, rstd1 = hidden(
-                z_rows, w1, w1, vectors, group, W, 1, W, DG, P, BM, BK, PRECISION, ""
+                z_rows, w1, w1, z, z, vectors, group, W, EXACT, W, DG, P, BM, BK, PRECISION, ""
             )
             tile = local[:, None] * W + (group * P + column)[None, :]
             tl.store(h_rows + tile, h)
             tl.store(xhat + tile, xhat1)
-            tl.store(rstd + (local * G + group) * 3, rstd1)
+            tl.store(rstd + (local * G + group) * 4, rstd1)
         if SPREAD:
             share(partials, 1, total, first_group, BM)
     meet(counter, meeting + 1, G, COOPERATIVE)
@@ -177,10 +192,11 @@ def modality_adjoint_kernel(
         if SPREAD:
             total = gather(partials, 1, BM, G)
         divisor, norm, whole = scales(largest, total, TRUNCATED)
-        # Every group's program writes the same; rows that take no part are 0 at the end.
-        tl.store(scale + local, tl.where(take_part, whole, 0.0))
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]
+            # Rows that take no part are 0 at the end.
+            whole_at = rstd + (local * G + group) * 4 + 3
+            tl.store(whole_at, tl.where(take_part, whole, 0.0))
             value = load_true(gradient, begin, local, take_part, group, column, DIM, DG)
             tl.store(unit + tile, value / divisor[:, None] / norm[:, None])
             tl.store(z + tile, tl.zeros([BM, P], dtype=tl.float32))
@@ -188,19 +204,17 @@ def modality_adjoint_kernel(
             injected = load_true(x, begin, local, take_part, group, column, DIM, DG)
             z_tile = tl.load(z_rows + tile)
             _, xhat2, rstd2, xhat3, rstd3 = evaluated(
-                h_rows, w2, w2, vectors, injected, z_tile, group, 1, W, DG, P, BM, BK, SKIP,
-                PRECISION, "",
+                h_rows, w2, w2, z, z, vectors, injected, z_tile, group, EXACT, W, DG, P, BM, BK,
+                SKIP, PRECISION, "",
             )  # fmt: skip
-            tl.store(xhat + history + tile, xhat2)
-            tl.store(xhat + 2 * history + tile, xhat3)
-            tl.store(rstd + (local * G + group) * 3 + 1, rstd2)
-            tl.store(rstd + (local * G + group) * 3 + 2, rstd3)
+            tl.store(xhat + BM * W + tile, xhat2)
+            tl.store(xhat + 2 * BM * W + tile, xhat3)
+            tl.store(rstd + (local * G + group) * 4 + 1, rstd2)
+            tl.store(rstd + (local * G + group) * 4 + 2, rstd3)
         alive = take_part
         if not TRUNCATED:
             alive = alive & (largest > 0.0)
-        running, best, improved_at, restarts, first, done, exact, step = fresh(
-            alive, max_steps, BM, LADDER
-        )
+        running, best, improved_at, restarts, first, done, exact, step = fresh(alive, BM, LADDER)
         if PHASE == 3:
             store_rows(
                 saved, counters, first_group, alive, running, best, improved_at, restarts, first,
@@ -215,14 +229,16 @@ def modality_adjoint_kernel(
         going = tl.max(alive.to(tl.int32), 0)
         while going > 0:
             depth = tl.where(tl.max(done, 0) == 0, 0, W)
+            kind = kind_of(exact, step, LADDER)
             if PHASE == 0 or PHASE == 4:
                 for group in range(first_group, last_group):
                     tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
                     p_tile, q = outer(
-                        tl.load(z + tile), xhat, rstd, vectors, z_rows, tile, local, group, history,
+                        tl.load(z + tile), xhat, rstd, vectors, z_rows, tile, local, group, BM * W,
                         W, G, DG, P, SKIP,
                     )  # fmt: skip
                     tl.store(q_rows + tile, q)
+                    keep(q, anchors, deltas, tile, kind, LADDER)
                     if SKIP:
                         tl.store(p + tile, p_tile)
             meet(counter, meeting + 1, G, COOPERATIVE)
@@ -230,19 +246,20 @@ def modality_adjoint_kernel(
                 for group in range(first_group, last_group):
                     tile = local[:, None] * W + (group * P + column)[None, :]
                     r = ladder_product(
-                        q_rows, b2 + group * P, lowb2 + group * P, depth, exact, W, BM, P, BK,
-                        PRECISION, LADDER,
+                        q_rows, b2, lowb2, deltas, anchors + BM * W, group, depth, kind, W, BM, P,
+                        BK, PRECISION, LADDER,
                     )  # fmt: skip
                     _, s, _ = inner(r, xhat, rstd, vectors, tile, local, group, W, G, DG, P)
                     tl.store(s_rows + tile, s)
+                    keep(s, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
             meet(counter, meeting + 2, G, COOPERATIVE)
             if PHASE == 0 or PHASE == 6:
                 g2, f2, dots = no_sums(BM)
                 for group in range(first_group, last_group):
                     tile = local[:, None] * W + (group * P + column)[None, :]
                     t = ladder_product(
-                        s_rows, b1 + group * P, lowb1 + group * P, depth, exact, W, BM, P, BK,
-                        PRECISION, LADDER,
+                        s_rows, b1, lowb1, deltas + BM * W, anchors + 3 * BM * W, group, depth,
+                        kind, W, BM, P, BK, PRECISION, LADDER,
                     )  # fmt: skip
                     t += tl.load(unit + tile)
                     if SKIP:
@@ -254,10 +271,10 @@ def modality_adjoint_kernel(
                 if SPREAD:
                     g2, f2, dots = gather_sums(partials, step, G, M, BM)
                 alive, running, best, improved_at, restarts, first, done, exact, step = finish(
-                    z, best_f, best_g, f, g, history, gram, status, steps, residual, residual, g2,
-                    f2, dots, step, max_steps, alive, running, best, improved_at, restarts, first,
-                    done, exact, rtol, atol, ridge, mixing, first_group, last_group, W, P, M, BM,
-                    RELATIVE, LADDER, False, TRUNCATED,
+                    z, best_f, best_g, f, g, history, anchors, deltas, gram, status, steps,
+                    residual, residual, g2, f2, dots, step, max_steps, alive, running, best,
+                    improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
+                    first_group, last_group, W, P, M, BM, RELATIVE, LADDER, False, TRUNCATED, False,
                 )  # fmt: skip
             tl.debug_barrier()
             meeting += 3
@@ -273,18 +290,18 @@ def modality_adjoint_kernel(
     # The final VJP, with lambda in place of its unit.
     tl.debug_barrier()
     if PHASE == 0 or PHASE == 8:
-        whole = tl.load(scale + local)
+        whole = tl.load(rstd + (local * G + first_group) * 4 + 3)
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]
             solution = tl.load(best_f + tile) * whole[:, None]
             row = sums + (block * 8 * count + k) * W + group * P + column
-            tl.store(row + 6 * count * W, tl.sum(solution * tl.load(xhat + 2 * history + tile), 0))
+            tl.store(row + 6 * count * W, tl.sum(solution * tl.load(xhat + 2 * BM * W + tile), 0))
             tl.store(row + 7 * count * W, tl.sum(solution, 0))
             p_tile, q = outer(
-                solution, xhat, rstd, vectors, z_rows, tile, local, group, history, W, G, DG, P,
+                solution, xhat, rstd, vectors, z_rows, tile, local, group, BM * W, W, G, DG, P,
                 SKIP,
             )  # fmt: skip
-            tl.store(row + 4 * count * W, tl.sum(p_tile * tl.load(xhat + history + tile), 0))
+            tl.store(row + 4 * count * W, tl.sum(p_tile * tl.load(xhat + BM * W + tile), 0))
             tl.store(row + 5 * count * W, tl.sum(p_tile, 0))
             tl.store(q_rows + tile, q)
             store_true(dx, q, begin, local, live, group, column, DIM, DG)

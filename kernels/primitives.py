@@ -19,6 +19,9 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-5)
+NEAR = tl.constexpr(0)
+ANCHORED = tl.constexpr(1)
+EXACT = tl.constexpr(2)
 
 
 def interpreted() -> bool:
@@ -56,22 +59,53 @@ def product(
 
 @triton.jit
 def ladder_product(
-    a, w, cheap, depth, exact, W: tl.constexpr, BM: tl.constexpr, P: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
+    a, w, low, delta, through, group, depth, kind, W: tl.constexpr, BM: tl.constexpr,
+    P: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
 ):  # fmt: skip
-    """`product` with w, or while `exact` is 0 with its copy `cheap` in the precision LADDER.
+    """`product` of a and w, or with a LADDER (its cheap precision, "" for none) by `kind`:
 
-    LADDER is "" where there is no cheap copy.
+    NEAR      through + delta low
+    ANCHORED  a w, kept in through
+    EXACT     a w
+
+    w, low: row 0 of all columns; delta, through: rows of W channels as a, of `keep` and here.
     """
     if LADDER == "":
-        acc = product(a, w, depth, W, BM, P, BK, PRECISION)
+        acc = product(a, w + group * P, depth, W, BM, P, BK, PRECISION)
     else:
+        tile = tl.arange(0, BM)[:, None] * W + (group * P + tl.arange(0, P))[None, :]
         acc = tl.zeros([BM, P], dtype=tl.float32)
-        if exact > 0:
-            acc = product(a, w, depth, W, BM, P, BK, PRECISION)
+        if kind == NEAR:
+            acc = product(delta, low + group * P, depth, W, BM, P, BK, LADDER)
+            acc += tl.load(through + tile)
         else:
-            acc = product(a, cheap, depth, W, BM, P, BK, LADDER)
+            acc = product(a, w + group * P, depth, W, BM, P, BK, PRECISION)
+            if kind == ANCHORED:
+                tl.store(through + tile, acc)
     return acc
+
+
+@triton.jit
+def keep(value, origin, delta, tile, kind, LADDER: tl.constexpr):
+    """Stores a factor's tile [BM, P] for `ladder_product`: as the origin, or less that in bfloat16.
+
+    A factor takes its difference from what it was in the last ANCHORED evaluation.
+    """
+    if LADDER != "":
+        if kind == NEAR:
+            tl.store(delta + tile, (value - tl.load(origin + tile)).to(tl.bfloat16))
+        elif kind == ANCHORED:
+            tl.store(origin + tile, value)
+
+
+@triton.jit
+def deltas_of(anchors, W: tl.constexpr, BM: tl.constexpr, LADDER: tl.constexpr):
+    """Where a row block's deltas are, two planes [BM, W] behind the four of its anchors."""
+    if LADDER == "":
+        deltas = anchors
+    else:
+        deltas = (anchors + 4 * BM * W).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    return deltas
 
 
 @triton.jit

@@ -5,17 +5,21 @@ residual ten times the best, or one that is not finite, restarts the row with a 
 best iterate, three times at most; PATIENCE steps without a better one end it STAGNATED. Rules,
 codes and constants are those of `deqfusion.reference.iterate`; rows that ended are frozen.
 
-Precision ladder: a program begins with cheap products. A row then waits, frozen, as soon as its
-residual is within REACH of the tolerance or below FLOOR (2^-8, what bfloat16 resolves), has not
-fallen by a tenth for STALL steps, is not finite, or the next step is its last. When no row is left
-to iterate, all that wait go on with exact products, their history and their best iterate forgotten,
-and only these steps end rows. No row's steps depend on another's.
+Precision ladder, as in `deqfusion.reference.host`: a program begins with cheap products of
+differences from the last exact evaluation, which all rows have in the first, the fifth, the
+eleventh and so on (`kind_of`). A row leaves, and waits, when its residual is within REACH of the
+tolerance, when it is lost, or when the next evaluation is its last. When no row is left, all that
+wait go on by exact evaluations alone, their history forgotten. Only exact evaluations end a row or
+become its best iterate. No row's steps depend on another's.
 
 A truncated solve (phantom gradients) takes `max_steps` plain damped steps and returns the last
 iterate; it has M = 1, whose one dot is <f, g>.
 
 A program owns BM rows: flags, residuals and counts are tiles [BM], states [BM, P] a group at a time
 out of tensors (rows, W); the history is that of `kernels.anderson`. All of it is fp32 or int32.
+On the ladder, per row block (5, BM, W) of the size of fp32: anchors (4, BM, W), of either product
+its factor in the last exact evaluation, the origin, and what it gave; and in bfloat16 deltas (2,
+BM, W), the factors less their origins.
 Source: as `kernels.anderson`; phantom gradients: Z. Geng et al., "On training implicit models",
 NeurIPS 2021.
 """
@@ -26,14 +30,15 @@ import triton
 import triton.language as tl
 
 from .anderson import SLOTS, column_of, mixture, remember, valid, with_column
+from .primitives import ANCHORED, EXACT, NEAR
 from .schedule import SUMS, gather, share
 
 PATIENCE = tl.constexpr(20)
 RISE = tl.constexpr(10.0)
 MAX_RESTARTS = tl.constexpr(3)
-REACH = tl.constexpr(2.5)
-STALL = tl.constexpr(2)
-FLOOR = tl.constexpr(0.00390625)
+REACH = tl.constexpr(2.0)
+FIRST_ANCHOR = tl.constexpr(4)
+ANCHOR_EVERY = tl.constexpr(6)
 CONVERGED = tl.constexpr(0)
 AT_MAX_STEPS = tl.constexpr(1)
 STAGNATED = tl.constexpr(2)
@@ -96,66 +101,65 @@ def gather_sums(partials, step, G: tl.constexpr, M: tl.constexpr, BM: tl.constex
 
 
 @triton.jit
-def judge(
-    gn, fn, step, running, best, improved_at, restarts, last, rtol, atol, RESTART: tl.constexpr
-):
-    """What the residual norms gn, fn [BM] of an exact evaluation decide for the rows.
+def kind_of(exact, step, LADDER: tl.constexpr):
+    """How the products of an evaluation are made: EXACT, or on the ladder ANCHORED or NEAR."""
+    if LADDER == "":
+        kind = EXACT
+    else:
+        anchored = (step == 0) | ((step - FIRST_ANCHOR) % ANCHOR_EVERY == 0)
+        kind = tl.where(exact > 0, EXACT, tl.where(anchored, ANCHORED, NEAR))
+    return kind
 
-    Returns improved, ended, code, lost, best, improved_at; all [BM].
+
+@triton.jit
+def judge(gn, fn, done, running, best, improved_at, restarts, last, rtol, atol):
+    """What the residual norms gn, fn [BM] of a row's `done`-th evaluation, an exact one, decide.
+
+    Returns improved, ended, code, best, improved_at; all [BM].
     """
     finite = (gn < float("inf")) & (fn < float("inf"))
-    relative = tl.minimum(gn / tl.maximum(fn, 1.1754943508222875e-38), 3.4028234663852886e38)
+    relative = relative_residual(gn, fn)
     met = running & finite & (gn <= atol + rtol * fn)
     improved = met | (running & finite & (relative < best))
     best = tl.where(improved, relative, best)
-    improved_at = tl.where(improved, step, improved_at)
+    improved_at = tl.where(improved, done, improved_at)
     hopeless = running & (finite == 0) & ((restarts >= MAX_RESTARTS) | (best == float("inf")))
-    stagnant = running & (step - improved_at >= PATIENCE)
+    stagnant = running & (done - improved_at >= PATIENCE)
     ended = met | hopeless | stagnant | (running & last)
     code = tl.where(stagnant, STAGNATED, AT_MAX_STEPS)
     code = tl.where(hopeless, NON_FINITE, code)
     code = tl.where(met, CONVERGED, code)
-    lost = running & (finite == 0)
-    if RESTART:
-        rising = finite & (relative > best * RISE) & (restarts < MAX_RESTARTS)
-        lost = lost | (running & rising)
-    return improved, ended, code, lost & (ended == 0), best, improved_at
+    return improved, ended, code, best, improved_at
 
 
 @triton.jit
-def judge_cheap(
-    gn, fn, step, running, best, improved_at, restarts, last, rtol, atol, RESTART: tl.constexpr
-):
-    """The same for an evaluation with cheap products, which ends no row.
+def relative_residual(gn, fn):
+    """gn / fn [BM], within the range of fp32; NaN where gn is."""
+    return tl.minimum(gn / tl.maximum(fn, 1.1754943508222875e-38), 3.4028234663852886e38)
 
-    last: whether the row's next evaluation is its last. Returns improved, waiting, still (rows that
-    wait where they are), lost, best, improved_at; all [BM].
-    """
-    finite = (gn < float("inf")) & (fn < float("inf"))
-    relative = tl.minimum(gn / tl.maximum(fn, 1.1754943508222875e-38), 3.4028234663852886e38)
-    improved = running & finite & (relative < best)
-    improved_at = tl.where(improved & (relative < 0.9 * best), step, improved_at)
-    best = tl.where(improved, relative, best)
-    reached = gn <= tl.maximum((atol + rtol * fn) * REACH, fn * FLOOR)
-    stalled = step - improved_at >= STALL
-    waiting = running & (reached | stalled | (finite == 0) | last)
-    lost = running & (waiting == 0) & (relative > best * RISE) & (restarts < MAX_RESTARTS)
-    if RESTART == 0:
-        lost = lost & (running == 0)
-    return improved, waiting, running & (finite == 0), lost, best, improved_at
+
+@triton.jit
+def astray(gn, fn, moving, best, restarts, RESTART: tl.constexpr):
+    """Which moving rows [BM] are not finite or, with RESTART and some left, far from their best."""
+    lost = ((gn < float("inf")) & (fn < float("inf"))) == 0
+    if RESTART:
+        rising = (relative_residual(gn, fn) > best * RISE) & (restarts < MAX_RESTARTS)
+        lost = lost | rising
+    return moving & lost
 
 
 @triton.jit
 def advance(
-    z, best_f, best_g, f, g, history, gram, dots, step, first, ridge, mixing, improved, moving,
-    lost, restarts, first_group, last_group,
+    z, best_f, best_g, f, g, history, anchors, deltas, gram, dots, step, first, ridge, mixing,
+    improved, moving, lost, restarts, kind, first_group, last_group,
     W: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr,
-    TRUNCATED: tl.constexpr,
+    TRUNCATED: tl.constexpr, LADDER: tl.constexpr,
 ):  # fmt: skip
     """Stores the best iterates of improved rows and the next iterates of moving ones.
 
     z, best_f, best_g: scalar pointers to the program's first row of W channels; f, g: the same in
-    slot 0 of the history, whose slots are `history` elements apart; restarts counts this one.
+    slot 0 of the history, whose slots are `history` elements apart; restarts counts this one. With
+    a LADDER z is a factor of products, of which anchors has the origin and deltas the difference.
     """
     newest = (step % M).to(tl.int64) if M > 0 else tl.zeros([], tl.int64)
     rows = tl.arange(0, BM)[:, None] * W
@@ -188,24 +192,31 @@ def advance(
             best = tl.load(best_f + tile, mask=lost[:, None], other=0.0)
             step_back = tl.load(best_g + tile, mask=lost[:, None], other=0.0)
             following = tl.where(lost[:, None], best - back[:, None] * step_back, following)
+        if LADDER != "":
+            if kind == ANCHORED:
+                tl.store(anchors + tile, tl.load(z + tile))
+            tl.debug_barrier()
+            apart = following - tl.load(anchors + tile)
+            tl.store(deltas + tile, apart.to(tl.bfloat16))
         tl.store(z + tile, following, mask=moving[:, None])
 
 
 @triton.jit
 def finish(
-    z, best_f, best_g, f, g, history, gram, status, steps, residual, trace, g2, f2, dots, step,
-    max_steps, alive, running, best, improved_at, restarts, first, done, exact, rtol, atol, ridge,
-    mixing, first_group, last_group,
+    z, best_f, best_g, f, g, history, anchors, deltas, gram, status, steps, residual, trace, g2, f2,
+    dots, step, max_steps, alive, running, best, improved_at, restarts, first, done, exact, kind,
+    rtol, atol, ridge, mixing, first_group, last_group,
     W: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr,
-    LADDER: tl.constexpr, TRACE: tl.constexpr, TRUNCATED: tl.constexpr,
+    LADDER: tl.constexpr, TRACE: tl.constexpr, TRUNCATED: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """The rest of a step once all groups are evaluated: ends rows, stores the next iterates.
 
     Pointers are those of the program's first row; status, steps, residual, trace are written by the
     program of group 0. Rows: alive (not ended), running (alive and not waiting), best residual and
-    the step it fell in, restarts, first step that counts, done (evaluations so far), all [BM];
-    exact: whether the products are, a scalar. Returns all eight, and the step's number, as the next
-    step finds them.
+    the evaluation it fell in, restarts, first step that counts, done (evaluations so far), all
+    [BM]; exact: whether the rows are off the ladder, a scalar; kind: of this evaluation; FACTOR:
+    whether z itself is multiplied, not what is made of it. Returns all eight, and the step's
+    number, as the next step finds them.
     """
     local = tl.arange(0, BM)
     done += running.to(tl.int32)
@@ -229,24 +240,23 @@ def finish(
         alive = alive & (ended == 0)
         running = alive
     else:
-        improved, ended, code, lost, fell, fell_at = judge(
-            gn, fn, step, running, best, improved_at, restarts, done >= max_steps, rtol, atol,
-            RELATIVE,
-        )  # fmt: skip
-        moving = running & (ended == 0)
+        improved, ended, code, fell, fell_at = judge(
+            gn, fn, done, running, best, improved_at, restarts, done >= max_steps, rtol, atol
+        )
         if LADDER != "":
-            judged = local * 0 + exact > 0
-            better, waiting, still, astray, least, least_at = judge_cheap(
-                gn, fn, step, running, best, improved_at, restarts, done + 1 >= max_steps, rtol,
-                atol, RELATIVE,
-            )  # fmt: skip
-            improved = tl.where(judged, improved, better)
+            judged = local * 0 + kind != NEAR
+            improved = improved & judged
             ended = ended & judged
-            lost = tl.where(judged, lost, astray)
-            fell = tl.where(judged, fell, least)
-            fell_at = tl.where(judged, fell_at, least_at)
-            moving = tl.where(judged, moving, running & (still == 0))
-            running = running & ((waiting == 0) | judged)
+            fell = tl.where(judged, fell, best)
+            fell_at = tl.where(judged, fell_at, improved_at)
+        moving = running & (ended == 0)
+        lost = astray(gn, fn, moving, fell, restarts, RELATIVE)
+        running = moving
+        if LADDER != "":
+            near = gn <= (atol + rtol * fn) * REACH
+            leaving = moving & (lost | near | (done + 1 >= max_steps))
+            running = moving & ((leaving == 0) | (local * 0 + exact > 0))
+        lost = lost & (restarts < MAX_RESTARTS)
         best = fell
         improved_at = fell_at
         alive = alive & (ended == 0)
@@ -258,17 +268,15 @@ def finish(
     restarts += lost.to(tl.int32)
     first = tl.where(lost, step + 1, first)
     advance(
-        z, best_f, best_g, f, g, history, gram, dots, step, first, ridge, mixing,
-        improved, moving, lost, restarts, first_group, last_group, W, P, M, BM, RELATIVE, TRUNCATED,
+        z, best_f, best_g, f, g, history, anchors, deltas, gram, dots, step, first, ridge, mixing,
+        improved, moving, lost, restarts, kind, first_group, last_group, W, P, M, BM, RELATIVE,
+        TRUNCATED, LADDER if FACTOR else "",
     )  # fmt: skip
     if LADDER != "":
         # All rows wait, or ended: those that wait go on.
         switch = (local * 0 + exact == 0) & (tl.max(running.to(tl.int32), 0) == 0)
         exact = tl.max(tl.where(switch, 1, local * 0 + exact), 0)
         running = tl.where(switch, alive, running)
-        best = tl.where(switch, float("inf"), best)
-        improved_at = tl.where(switch, 0, improved_at)
-        restarts = tl.where(switch, 0, restarts)
         first = tl.where(switch, 0, first)
         # Steps count anew, so that the slots of the history do not tell when others were ready.
         step = tl.min(tl.where(switch, -1, local * 0 + step), 0)
@@ -276,13 +284,11 @@ def finish(
 
 
 @triton.jit
-def fresh(alive, max_steps, BM: tl.constexpr, LADDER: tl.constexpr):
+def fresh(alive, BM: tl.constexpr, LADDER: tl.constexpr):
     """What `finish` returns after alive, as the first step finds it, for rows alive [BM]."""
     zero = tl.zeros([BM], dtype=tl.int32)
     step = tl.min(zero, 0)
-    exact = step + 1
-    if LADDER != "":
-        exact = tl.where(max_steps > 1, 0, 1)
+    exact = step + 1 if LADDER == "" else step
     best = tl.full([BM], float("inf"), dtype=tl.float32)
     return alive, best, zero, zero, zero, zero, exact, step
 

@@ -159,13 +159,12 @@ def solve_modality(
             return Solved(out, *outcome, trace)
         given = _views(_modality_block(parameters), weights, layout, options)
         low = given.low if options.climbs else given.forward
-        f, g, *rest = plan.history(given.counters)
         plan.run(
             modality_solve_kernel,
             (
                 x, x if init is None else init.contiguous(), _bytes(present, x), out, *outcome,
                 trace, outcome.residual if tolerance is None else tolerance, *given.forward,
-                *low, given.vectors, *(plan.rows_of(count) for _ in range(5)), f, g, *rest,
+                *low, given.vectors, plan.rows_of(count, 5), *plan.history(given.counters),
             ),
             {
                 "SKIP": skip, "INIT": init is not None, "PRESENT": present is not None,
@@ -222,9 +221,8 @@ def adjoint_modality(
             (
                 gradient.contiguous(), state.contiguous(), status.contiguous(), x,
                 _bytes(present, x), dx, *outcome, *weights.forward, *weights.backward, *low,
-                weights.vectors, *(plan.rows_of(count) for _ in range(5)),
-                plan.rows_of(3, count), plan.empty(count, plan.size, groups, 3),
-                plan.empty(count, plan.size), left, right, sums, *plan.history(weights.counters),
+                weights.vectors, plan.rows_of(count, 8), plan.empty(count, plan.size, groups, 4),
+                left, right, sums, *plan.history(weights.counters),
             ),
             {"SKIP": skip, "PRESENT": present is not None, "TRUNCATED": options.truncated},
             MODALITY_ADJOINT_PHASES,
@@ -303,7 +301,7 @@ def solve_fusion(
                 *outcome, trace,
                 outcome.residual if tolerance is None else tolerance, wg, wf, low[0], low[1],
                 wm[0] if wm else wg, given.vectors, plan.rows_of(count), plan.rows_of(count),
-                *(plan.rows_of() for _ in range(5)), *plan.history(given.counters),
+                plan.rows_of(5), *plan.history(given.counters),
             ),
             {
                 **_fusion_flags(gate, tail, gate_mask, fusion_mask, count),
@@ -373,9 +371,8 @@ def adjoint_fusion(
                 _or(fusion_mask, injection), dm, dx, *outcome,
                 forward[0], forward[1], forward[gate_of_modalities],
                 backward[0], backward[1], backward[gate_of_modalities], low[0], low[1],
-                weights.vectors, *(plan.rows_of() for _ in range(10)),
-                plan.empty(plan.size, groups), plan.rows_of(count), plan.empty(plan.size), left,
-                right, sums,
+                weights.vectors, plan.rows_of(10), plan.empty(plan.size, groups),
+                plan.rows_of(count), plan.empty(plan.size), left, right, sums,
                 *plan.history(weights.counters),
             ),
             {

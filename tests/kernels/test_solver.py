@@ -8,7 +8,7 @@ import triton.language as tl
 from deqfusion import Anderson, DEQFusion, Status, functional
 from deqfusion.kernels import solves
 from deqfusion.kernels.config import SolveOptions
-from deqfusion.kernels.solver import judge
+from deqfusion.kernels.solver import astray, judge
 from deqfusion.reference.cell import fusion_cell, gate_constants
 from deqfusion.reference.iterate import MAX_RESTARTS, PATIENCE
 from tests.kernels.problems import CONFIG, Config, Problem
@@ -19,11 +19,13 @@ INF, NAN = float("inf"), float("nan")
 @triton.jit
 def judge_kernel(figures, counts, decided, best_out, step, rtol, atol, RESTART: tl.constexpr):
     at = tl.arange(0, 16)
-    improved, ended, code, lost, best, improved_at = judge(
-        tl.load(figures + at), tl.load(figures + 16 + at), step, tl.load(counts + at) != 0,
-        tl.load(figures + 32 + at), tl.load(counts + 16 + at), tl.load(counts + 32 + at),
-        tl.load(counts + 48 + at) != 0, rtol, atol, RESTART,
+    gn, fn, restarts = tl.load(figures + at), tl.load(figures + 16 + at), tl.load(counts + 32 + at)
+    running = tl.load(counts + at) != 0
+    improved, ended, code, best, improved_at = judge(
+        gn, fn, step, running, tl.load(figures + 32 + at), tl.load(counts + 16 + at), restarts,
+        tl.load(counts + 48 + at) != 0, rtol, atol,
     )  # fmt: skip
+    lost = astray(gn, fn, running & (ended == 0), best, restarts, RESTART)
     tl.store(decided + at, improved.to(tl.int32))
     tl.store(decided + 16 + at, tl.where(ended, code, -1))
     tl.store(decided + 32 + at, lost.to(tl.int32))
