@@ -347,8 +347,9 @@ def _tuned(
     """What was tuned for this device, where that is known and compiles."""
     name = device_name(device)
     found = tuning.lookup(
-        name, solve, layout.dim, layout.groups, modalities, options.products, tuning.bucket(rows)
-    )
+        name, solve, layout.dim, layout.groups, modalities, options.products, options.slots, 0,
+        tuning.bucket(rows),
+    )  # fmt: skip
     if not isinstance(found, Config) or _refusal(name, solve, layout, options, found) in _refused:
         return None
     return None if _would_wait(found, layout) else found

@@ -12,10 +12,11 @@ from torch import Tensor
 from deqfusion import autotune
 from deqfusion.adjoint import Implicit
 from deqfusion.kernels.cost import DEVICES
+from deqfusion.kernels.tuning import FARTHEST
 from deqfusion.module import DEQFusion
 from deqfusion.solvers import Anderson
 from deqfusion.tasks.arguments import OneOf, RealNumber, WholeNumber, WholeNumbers
-from deqfusion.tuning.result import Tuned
+from deqfusion.tuning.result import Tuned, written
 
 __all__ = ["layer_from_file", "register_commands", "run"]
 
@@ -135,15 +136,29 @@ def report(found: Tuned, layer: DEQFusion, rows: int) -> None:
         print(f"interrupted{kept}")
     if not found.entries and not found.predicted:
         print("nothing met the tolerance: nothing is kept")
-    if found.speedup is not None:
-        count = len(found.trials)
-        print(f"{found.speedup:.2f} times as fast as the default, of {count} ways tried")
+    if found.entries:
+        _report_kept(found)
     if found.solver != layer.solver:
-        gain = found.solver_speedup
-        more = "" if gain is None else f", {gain:.2f} times as fast again"
-        print(f"to use it: DEQFusion(solver={found.solver}){more}")
+        new, old = written(found.solver), written(layer.solver)
+        much = "predicted to be faster" if found.solver_speedup is None else found.solver_speedup
+        print(f"solver: {new} instead of {old}: {much}; nobody looks it up, so write")
+        print(f"  DEQFusion({layer.dim}, {layer.num_modalities}, solver={new})")
+    elif found.entries or found.predicted:
+        print(f"solver: {written(layer.solver)} is kept: no other is faster beyond the noise")
+
+
+def _report_kept(found: Tuned) -> None:
+    """Says what solves do from now on, and which."""
+    if found.speedup is None:
+        print("default kept: nothing else is faster beyond the noise")
+    else:
+        print(f"kept (*): {found.speedup} as the default, of {len(found.trials)} ways tried")
     if found.file is not None:
-        print(found.file)
+        problem = found.entries[0].problem
+        low, high = max(problem.rows // FARTHEST, 1), problem.rows * FARTHEST
+        threads = f", {problem.threads} thread(s)" if problem.threads else ""
+        print(f"looked up by every solve of this width, {low} to {high} rows{threads}:")
+        print(f"  {found.file}")
 
 
 def _device(name: str | None, target: str | None) -> torch.device:

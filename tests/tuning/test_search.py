@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 
-from deqfusion import Anderson, DEQFusion, cli
+from deqfusion import Anderson, DEQFusion, cli, ops
 from deqfusion.kernels import tuning
 from deqfusion.kernels.config import Config
 from deqfusion.kernels.tuning import Host
 from deqfusion.tuning import Trial, search
 from deqfusion.tuning.example import Example, Way
+from deqfusion.tuning.result import Gain, gain, settled
 from tests.tuning.problems import Clock, features, layer, timed, tune
 
 
@@ -310,16 +314,116 @@ def test_what_is_kept_was_timed_with_the_solver_that_the_layer_has(apply, monkey
     timed(monkeypatch, seconds)
     model = layer()
     found = tune(model, features(model), backward=False, apply=apply)
-    (entry,) = found.entries
-    best = (7, Host(0.5), 0.5) if apply else (5, Host(0.9), 1.5)
-    assert (entry.best.memory, entry.best.config, entry.best.seconds) == best
-    assert entry.runner_up.memory == entry.best.memory
-    assert (entry.default.memory, entry.default.config) == (5, Host(0.75))
+    both = [(7, Host(0.5), 0.5), (5, Host(0.9), 1.5)]
+    assert [(e.best.memory, e.best.config, e.best.seconds) for e in found.entries] == (
+        both if apply else both[::-1]
+    )
+    for entry in found.entries:
+        assert entry.problem.memory == entry.best.memory == entry.runner_up.memory
+        assert (entry.default.memory, entry.default.config) == (5, Host(0.75))
     assert found.solver.memory == 7
     assert model.solver.memory == (7 if apply else 5)
     # What the configuration gains, and what the solver.
-    assert found.speedup == pytest.approx(2 / 1.5)
-    assert found.solver_speedup == pytest.approx(1.5 / 0.5)
+    assert found.speedup.median == pytest.approx(2 / 1.5)
+    assert found.solver_speedup.median == pytest.approx(1.5 / 0.5)
+    # Whoever has that solver gets what was found for it.
+    assert {tuning.lookup(found.device, *astuple(e.problem)) for e in found.entries} == {
+        Host(0.5), Host(0.9),
+    }  # fmt: skip
+
+
+def noisy(monkeypatch, factor):
+    """Ways take as long as others of the same moment, in which that varies tenfold, by `factor`."""
+    rounds = itertools.count()
+
+    def seconds(way):
+        moment = 1 + 9 * math.sin(next(rounds)) ** 2
+        return moment * (1 + 0.1 * math.cos(7 * moment)) / factor(way)
+
+    timed(monkeypatch, seconds)
+
+
+def test_noise_replaces_no_default(monkeypatch, store, capsys):
+    """Of ways that are all alike in a moment that is not some median is the least."""
+    noisy(monkeypatch, lambda way: 1.0)
+    arguments = "autotune --dim 16 --groups 2 --batch 20 --forward-only --quiet --device cpu"
+    assert cli.main(arguments.split()) == 0
+    printed = capsys.readouterr().out
+    assert "default kept: nothing else is faster beyond the noise" in printed
+    assert "solver: Anderson() is kept" in printed
+    (file,) = store.glob("*.json")
+    (entry,) = tuning.read(file)
+    assert entry.best == entry.default
+    assert entry.best.seconds > entry.runner_up.seconds
+    assert entry.best.p20 < entry.best.seconds < entry.best.p80
+
+
+def test_a_gain_beyond_the_noise_is_kept(monkeypatch):
+    """By the ratios of rounds, where a moment is the same for all, not by times, which overlap."""
+    quick = Trial(Way("host", Host(0.9), 5, True), final=True)
+    default = Trial(Way("host", Host(0.75), 5, True), default=True, final=True)
+    default.samples = (1.0, 9.0, 2.0, 5.0, 1.5)
+    quick.samples = tuple(s / 1.2 for s in default.samples)
+    for trial in (default, quick):
+        trial.seconds = statistics.median(trial.samples)
+    found = gain([(default, quick)])
+    assert (found.low, found.median, found.high) == pytest.approx((1.2, 1.2, 1.2))
+    assert settled([quick, default], default)[0] is quick
+    # In other moments, or of few rounds, extremes must not meet.
+    quick.final = False
+    assert gain([(default, quick)]).low == pytest.approx(1.0 / 7.5)
+    assert settled([quick, default], default)[0] is default
+    quick.final, quick.samples = True, tuple(0.9 * min(default.samples) for _ in range(4))
+    assert settled([quick, default], default)[0] is quick
+    assert str(gain([(default, quick)])) == "2.22 times as fast (1.11 to 10.00)"
+    # Rounds of several solves are summed.
+    assert gain([(default, default), (default, default)]) == Gain(1.0, 1.0, 1.0)
+    assert gain([]) is None
+    assert settled([quick], None) == [quick]
+
+
+def test_the_solver_to_write_is_named(monkeypatch, capsys):
+    timed(monkeypatch, lambda way: 1.0 if way.memory == 4 else 2.0)
+    arguments = (
+        "autotune --dim 16 --groups 2 --batch 20 --forward-only --quiet --tol 1e-2 --dry-run"
+    )
+    assert cli.main([*arguments.split(), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "default kept" in printed
+    assert "2.00 times as fast (2.00 to 2.00); nobody looks it up, so write" in printed
+    assert "  DEQFusion(16, 2, solver=Anderson(tol=0.01, memory=4))" in printed
+
+
+def test_threads_and_memory_are_part_of_what_was_tuned(monkeypatch):
+    """What was found with one of either says nothing about another."""
+    timed(monkeypatch, lambda way: 1.0 if way.config == Host(0.9) else 2.0)
+    model = layer()
+    x = features(model)
+    found = tune(model, x, backward=False)
+    assert {e.best.config for e in found.entries} == {Host(0.9)}
+    below = []
+    inner = ops.solve.settings_of
+
+    def recording(o, *rest):
+        below.append(o.compact_below)
+        return inner(o, *rest)
+
+    monkeypatch.setattr(ops.solve, "settings_of", recording)
+
+    def used(solver=None, threads=None):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        below.clear()
+        try:
+            model.solver = solver or Anderson()
+            model(x)
+        finally:
+            torch.set_num_threads(before)
+        return set(below)
+
+    assert used() == {0.9}
+    assert used(threads=torch.get_num_threads() + 1) == {0.75}
+    assert used(Anderson(memory=4)) == {0.75}
 
 
 def test_where_the_own_solver_solves_nothing_the_best_one_is_kept(monkeypatch):
@@ -398,5 +502,5 @@ raise SystemExit(cli.main("autotune --dim 16 --batch 20 --budget 1 --quiet --dev
     assert done.returncode == 1
     assert "cannot be saved (No space left on device)" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert "times as fast as the default" in done.stdout
+    assert "kept" in done.stdout
     assert ".json" not in done.stdout
