@@ -21,6 +21,7 @@ from .report import FACTOR_TITLES, MODE_TITLES
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
+GREYS = ("#333333", "#999999")
 HATCHES = ("", "///", "...", "xxx")
 MOST_BARS = 12
 """Cases in one row of bars; more are drawn as curves only."""
@@ -111,14 +112,19 @@ def roofline(result: Result) -> Figure | None:
     figure, (axes,) = _panels(1, 1)
     low = min(x for found in points.values() for x, _ in found) / 2
     high = max(x for found in points.values() for x, _ in found) * 2
-    for index, (threads, peaks) in enumerate(result["peaks"].items()):
-        style = LINES[index % len(LINES)]
-        for rate in (key for key in peaks if key != "copy"):
-            ridge = [low, max(low, min(high, peaks[rate] / peaks["copy"])), high]
-            roof = [min(peaks["copy"] * x, peaks[rate]) for x in ridge]
-            axes.plot(ridge, roof, color="#555555", linestyle=style, linewidth=1)
-            axes.annotate(f"{rate}, {threads}t", (high, roof[-1]), ha="right", va="bottom",
-                          fontsize="x-small")  # fmt: skip
+    # In the legend: beside the lines their names would meet, where rates are close.
+    ceilings = [
+        (f"{rate} peak, {threads}t: {peaks[rate] / 1e9:.0f} GFLOP/s", peaks["copy"], peaks[rate])
+        for threads, peaks in result["peaks"].items()
+        for rate in peaks
+        if rate != "copy"
+    ]
+    for index, (label, copy, rate) in enumerate(ceilings):
+        ridge = [low, max(low, min(high, rate / copy)), high]
+        axes.plot(
+            ridge, [min(copy * x, rate) for x in ridge], label=label, linewidth=1,
+            color=GREYS[index // len(LINES) % len(GREYS)], linestyle=LINES[index % len(LINES)],
+        )  # fmt: skip
     for index, (name, found) in enumerate(points.items()):
         axes.plot(*zip(*found, strict=True), linestyle="", label=name, alpha=0.8, **_point(index))
     axes.set(xscale="log", yscale="log", xlabel="operations per byte",
