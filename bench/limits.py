@@ -2,11 +2,14 @@
 
 Time is taken to grow in a line with the operations of a step, B d^2 (3 N + 1), through the two
 nearest smaller sizes: what is the same at every size is not scaled. With fewer than two nothing is
-refused. What is refused is reported as skipped, with the estimate and where it comes from.
+refused. What is refused is reported as skipped, with the estimate and where it comes from. A bound
+on the whole run goes by the nearest case that ended.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 
 from .suites import Case
@@ -66,6 +69,41 @@ class Limit:
             f"{self.rounds} runs of some {expected:.1f} s ({most:.1f} s at {nearest.shape}) would "
             f"exceed the limit of {self.seconds:g} s per contender and mode"
         )
+
+
+class Budget:
+    """A bound on the seconds of a run, about: what has begun is ended.
+
+    A case is expected to take what the one nearest in operations took, or more by its operations;
+    until one has ended nothing is known.
+
+    Args:
+        seconds: the bound; None: no bound.
+        clock: seconds.
+    """
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.clock, self.begin = seconds, clock, clock()
+        self._known: list[tuple[float, float]] = []
+
+    def refuse(self, case: Case) -> str | None:
+        """Why a case is not run, or None."""
+        if self.seconds is None:
+            return None
+        left, expected = self.seconds - (self.clock() - self.begin), 0.0
+        if self._known:
+            near, took = min(self._known, key=lambda known: abs(math.log(known[0] / size(case))))
+            expected = took * max(1.0, size(case) / near)
+        if left > 0 and expected <= left:
+            return None
+        return (
+            f"some {expected:.0f} s, {max(left, 0):.0f} are left of the budget of "
+            f"{self.seconds:g} s"
+        )
+
+    def note(self, case: Case, seconds: float) -> None:
+        """Keeps what a case took in which something was timed."""
+        self._known.append((size(case), seconds))
 
 
 def _seconds(known: tuple[float, Case]) -> float:
