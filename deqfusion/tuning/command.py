@@ -191,9 +191,14 @@ def _layer(options: argparse.Namespace) -> DEQFusion:
             )
         layer = layer_from_file(options.from_module, **kwargs)
     else:
+        dim = sizes[0] or DIM
+        if dim % options.groups:
+            raise ValueError(
+                f"--dim: got {dim}, expected a multiple of --groups, which is {options.groups}"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            layer = DEQFusion(sizes[0] or DIM, sizes[1] or MODALITIES, **kwargs)
+            layer = DEQFusion(dim, sizes[1] or MODALITIES, **kwargs)
     return layer.to(getattr(torch, options.dtype))
 
 

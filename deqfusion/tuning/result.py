@@ -177,8 +177,9 @@ class Tuned:
         unit, scale = ("ms", 1e3) if times and min(times) > 1e-3 else ("us", 1e6)
         on_gpu = not all(isinstance(t.way.config, Host) for t in self.trials)
         time = "predicted " if self.predicted else "cold " if on_gpu else ""
-        lines = [("", "solve", "choice", "residual", f"{time}{unit}", "20..80%", f"warm {unit}",
-                  "default/this", "")]  # fmt: skip
+        times_of = f"{time}{unit}", "20..80%", f"warm {unit}"
+        lines: list[tuple[str, ...]]
+        lines = [("", "solve", "choice", "residual", *times_of, "default/this", "")]
         defaults = {t.way.solve: t for t in self.trials if t.default and t.counts}
         shown: dict[str, int] = {}
         for trial in self.trials:

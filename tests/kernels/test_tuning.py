@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deqfusion.kernels import interpreted, launch, solves, tuning
 from deqfusion.kernels.config import Config, SolveOptions
@@ -416,6 +417,28 @@ def test_a_default_on_a_gpu_is_said_once(monkeypatch, caplog):
     assert "deqfusion autotune" in record.getMessage()
     tuning.save([entry()], tuning.user_file(DEVICE))
     assert new(600, device).config == COOPERATIVE
+
+
+def test_the_first_look_up_touches_no_tensor(store, caplog):
+    """Under a graph's capture it is as good as anywhere: it reads a file, and that is all."""
+    tuning.save([entry()], store)
+    tuning.SHIPPED.mkdir()
+    (tuning.SHIPPED / store.name).write_text("damaged")
+    ran = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Recording():
+        assert looked_up() == COOPERATIVE
+        assert not ran
+        torch.zeros(1)
+    assert len(ran) == 1
+    assert "is not JSON" in caplog.text
+    # Nor can it call a device: it knows nothing of torch.
+    assert not [name for name, value in vars(tuning).items() if value is torch or name == "triton"]
 
 
 def test_looking_up_reads_no_file_twice(store, monkeypatch):
