@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from . import results
 from .report import FACTOR_TITLES, MODE_TITLES
@@ -23,6 +24,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 GREYS = ("#333333", "#999999")
 HATCHES = ("", "///", "...", "xxx")
+INCHES = 2.6
+"""Of a column of the legend."""
+
 MOST_BARS = 12
 """Cases in one row of bars; more are drawn as curves only."""
 
@@ -109,7 +113,7 @@ def roofline(result: Result) -> Figure | None:
                 points.setdefault(name, []).append((x, work["operations_per_second"]))
     if not points or not result.get("peaks"):
         return None
-    figure, (axes,) = _panels(1, 1)
+    figure, (axes,) = _panels(1, 1, width=8.0)
     low = min(x for found in points.values() for x, _ in found) / 2
     high = max(x for found in points.values() for x, _ in found) * 2
     # In the legend: beside the lines their names would meet, where rates are close.
@@ -129,6 +133,9 @@ def roofline(result: Result) -> Figure | None:
         axes.plot(*zip(*found, strict=True), linestyle="", label=name, alpha=0.8, **_point(index))
     axes.set(xscale="log", yscale="log", xlabel="operations per byte",
              ylabel="operations per second")  # fmt: skip
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     return _finish(figure, axes.get_legend_handles_labels()[0], result)
 
 
@@ -274,7 +281,8 @@ def _panels(rows: int, columns: int, width: float = 5.5) -> tuple[Figure, list[A
 
 def _finish(figure: Figure, handles: Sequence[Any], result: Result) -> Figure:
     """Adds the legend and the line that says where the figures come from."""
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False,
+    columns = max(1, min(4, int(figure.get_figwidth() / INCHES)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False,
                   fontsize="small")  # fmt: skip
     figure.suptitle(results.describe(result), fontsize="small")
     return figure

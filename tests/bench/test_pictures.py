@@ -67,6 +67,10 @@ def test_ceilings_of_the_roofline_are_named_in_the_legend():
         if "peak" in str(line.get_label())
     }
     assert len(styles) == 4
+    # All of it is on the picture.
+    figure.canvas.draw()
+    assert figure.bbox.containsx(legend.get_window_extent().x0)
+    assert figure.bbox.containsx(legend.get_window_extent().x1)
 
 
 def test_speedup_bars_have_the_ratio_the_spread_and_the_failure():
