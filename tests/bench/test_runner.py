@@ -290,17 +290,20 @@ def test_progress_in_a_file_is_a_line_now_and_then() -> None:
 
 
 def test_a_budget_bounds_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the nearest case: of more operations one takes more, as far as is known."""
+    """By the line through two cases; what is skipped says nothing about others."""
     note = limits.Budget.note
-    monkeypatch.setattr(limits.Budget, "note", lambda self, case, seconds: note(self, case, 4.0))
-    shapes = (Shape(4, 64, 1), Shape(400_000_000, 64, 1), Shape(4, 64, 1))
+    monkeypatch.setattr(
+        limits.Budget, "note", lambda self, case, seconds: note(self, case, case.shape.batch)
+    )
+    shapes = (Shape(4, 64, 1), Shape(8, 64, 1), Shape(400_000_000, 64, 1), Shape(4, 64, 1))
     suite = suites.Suite(
         "test", suites.cases(*shapes), ("ours",), modes=("forward",), rounds=2, budget=600.0,
         device="cpu",
     )  # fmt: skip
     entries = [case["contenders"]["ours"] for case in runner.run(suite)["cases"]]
-    assert [entry["status"] for entry in entries] == ["ok", "skipped", "ok"]
-    assert "are left of the budget of 600 s" in entries[1]["reason"]
+    assert [entry["status"] for entry in entries] == ["ok", "ok", "skipped", "ok"]
+    assert entries[2]["reason"].startswith("some 400000000 s, ")
+    assert entries[2]["reason"].endswith(" are left of the budget of 600 s")
 
 
 def test_a_budget_that_is_spent() -> None:
@@ -313,6 +316,12 @@ def test_a_budget_that_is_spent() -> None:
     assert budget.refuse(case) is None
     now = 7.0
     assert budget.refuse(case) == "some 4 s, 3 are left of the budget of 10 s"
+    # Of one case nothing is known about how time grows.
+    assert budget.refuse(suites.Case(Shape(16, 64, 1))).startswith("some 4 s, ")
+    budget.note(suites.Case(Shape(8, 64, 1)), 6.0)
+    assert budget.refuse(suites.Case(Shape(16, 64, 1))).startswith("some 10 s, ")
+    now = 5.0
+    assert budget.refuse(case) is None
     assert limits.Budget(None).refuse(case) is None
 
 
