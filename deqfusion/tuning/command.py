@@ -55,6 +55,10 @@ def register_commands(subparsers: Any) -> None:
         metavar="|".join(PRECISIONS),
     )  # fmt: skip
     add("--tol", RealNumber(0.0, above=True), 1e-3, "relative residual to reach", metavar="TOL")
+    add(
+        "--memory", WholeNumber(0, 1 << 20), Anderson().memory, "of your Anderson: what is kept is "
+        "for that memory, and for the one found best", metavar="M",
+    )  # fmt: skip
     parser.add_argument(
         "--from-module", type=Path, metavar="FILE",
         help="take parameters and sizes from a safetensors file, or the folder of a run, with a "
@@ -179,7 +183,7 @@ def _device(name: str | None, target: str | None) -> torch.device:
 
 def _layer(options: argparse.Namespace) -> DEQFusion:
     """A layer of random parameters, or that of a file."""
-    solver = Anderson(tol=options.tol)
+    solver = Anderson(tol=options.tol, memory=options.memory)
     kwargs: dict[str, Any] = {
         "num_groups": options.groups, "solver": solver, "adjoint": Implicit(solver),
     }  # fmt: skip

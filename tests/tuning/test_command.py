@@ -25,8 +25,16 @@ def test_the_command(store, tmp_path, capsys):
     assert str(file) in printed
     assert "default kept: " in printed or "kept (*): " in printed
     assert "2 to 32 rows" in printed
+    assert 5 in {e.problem.memory for e in tuning.read(file)}
     assert sorted({e.problem.rows for e in tuning.read(file)}) == [8, 32]
     assert not list(store.glob("*.json"))
+
+
+def test_the_memory_that_is_asked_for(tmp_path):
+    arguments = "autotune --dim 16 --groups 2 --batch 8 --budget 1e-3 --quiet --memory 3"
+    assert cli.main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*.json")
+    assert [e.problem.memory for e in tuning.read(file)] == [3]
 
 
 @pytest.mark.parametrize("prefix", ["", "fusion.", "model/fusion."])
