@@ -32,8 +32,10 @@ def register_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "autotune", help=description,
         description="Finds what solves a layer fastest on this device, at a residual verified in "
-        "float64, and keeps it where every later run looks it up. On a GPU tiles and schedules of "
-        "the Triton programs, on a CPU choices of its implementation.",
+        "float64. Tiles and schedules of the Triton programs, on a CPU when rows that ended leave "
+        "the work, are kept where every later run looks them up. Anderson's memory, on a CPU its "
+        "ladder too, are your solver's: the one to write is printed. A default gives way only to "
+        "what is faster beyond the noise.",
     )  # fmt: skip
 
     def add(name: str, kind: Any, default: Any, help_line: str, **more: Any) -> None:
