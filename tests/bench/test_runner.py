@@ -11,7 +11,6 @@ import torch
 
 from deqfusion.bench import (
     contenders,
-    limits,
     quick_comparison,
     report,
     resources,
@@ -289,42 +288,6 @@ def test_progress_in_a_file_is_a_line_now_and_then() -> None:
     assert stream.getvalue() == "\r\x1b[Kone\r\x1b[Ktwo\r\x1b[K"
 
 
-def test_a_budget_bounds_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the line through two cases; what is skipped says nothing about others."""
-    note = limits.Budget.note
-    monkeypatch.setattr(
-        limits.Budget, "note", lambda self, case, seconds: note(self, case, case.shape.batch)
-    )
-    shapes = (Shape(4, 64, 1), Shape(8, 64, 1), Shape(400_000_000, 64, 1), Shape(4, 64, 1))
-    suite = suites.Suite(
-        "test", suites.cases(*shapes), ("ours",), modes=("forward",), rounds=2, budget=600.0,
-        device="cpu",
-    )  # fmt: skip
-    entries = [case["contenders"]["ours"] for case in runner.run(suite)["cases"]]
-    assert [entry["status"] for entry in entries] == ["ok", "ok", "skipped", "ok"]
-    assert entries[2]["reason"].startswith("some 400000000 s, ")
-    assert entries[2]["reason"].endswith(" are left of the budget of 600 s")
-
-
-def test_a_budget_that_is_spent() -> None:
-    now = 0.0
-    case = suites.Case(Shape(4, 64, 1))
-    budget = limits.Budget(10.0, lambda: now)
-    assert budget.refuse(case) is None
-    now = 4.0
-    budget.note(case, 4.0)
-    assert budget.refuse(case) is None
-    now = 7.0
-    assert budget.refuse(case) == "some 4 s, 3 are left of the budget of 10 s"
-    # Of one case nothing is known about how time grows.
-    assert budget.refuse(suites.Case(Shape(16, 64, 1))).startswith("some 4 s, ")
-    budget.note(suites.Case(Shape(8, 64, 1)), 6.0)
-    assert budget.refuse(suites.Case(Shape(16, 64, 1))).startswith("some 10 s, ")
-    now = 5.0
-    assert budget.refuse(case) is None
-    assert limits.Budget(None).refuse(case) is None
-
-
 def test_a_problem_that_cannot_be_built_does_not_end_the_suite(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -367,22 +330,6 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert main(["bench", *options, "--out", str(tmp_path / "out")]) == 2
         assert "device: got cuda, expected cpu" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_what_takes_too_long_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits.Limit, "once", lambda self, function, stopwatch: next(seconds))
-    seconds = iter([1.0, 2.0, 50.0])
-    # A problem of the last size would not even fit into memory.
-    shapes = (Shape(4, 64, 1), Shape(8, 64, 1), Shape(12, 64, 1), Shape(400_000_000, 64, 1))
-    suite = suites.Suite(
-        "test", suites.cases(*shapes), ("ours",), modes=("forward",), rounds=2, limit=90.0,
-        device="cpu",
-    )  # fmt: skip
-    entries = [case["contenders"]["ours"] for case in runner.run(suite)["cases"]]
-    assert [entry["status"] for entry in entries] == ["ok", "ok", "skipped", "skipped"]
-    assert [entry["seconds"] is None for entry in entries] == [False, False, True, True]
-    assert "2 runs of 50.0 s would exceed the limit of 90 s" in entries[2]["reason"]
-    assert "(50.0 s at 12,64,1) would exceed the limit of 90 s" in entries[3]["reason"]
 
 
 def test_a_contender_that_raises_is_failed(monkeypatch: pytest.MonkeyPatch) -> None:
