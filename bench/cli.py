@@ -22,7 +22,7 @@ def register_commands(subparsers: Any) -> None:
         "same problem, at equal residual verified in fp64. Prints a table; writes JSON, pictures "
         "and a page with all of them.",
     )
-    parser.add_argument("--suite", default="quick", help="quick (default) or another of --list")
+    parser.add_argument("--suite", metavar="NAME", help="quick (default) or another of --list")
     parser.add_argument(
         "--out",
         default=DEFAULT_OUT,
@@ -44,6 +44,11 @@ def register_commands(subparsers: Any) -> None:
         "--limit", type=float, metavar="S",
         help="seconds that a contender's samples may take in one mode of a case, on a CPU",
     )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, metavar="S",
+        help="seconds for the whole run, about: cases that would take longer are skipped, which "
+        "is said; default: no bound",
+    )  # fmt: skip
     _add_compare(parser)
     parser.add_argument("--no-pictures", action="store_true", help="write the JSON file only")
     parser.add_argument(
@@ -55,7 +60,10 @@ def register_commands(subparsers: Any) -> None:
         "--warm", metavar="K/OF",
         help="only fill the compilers' caches, the K-th of OF parts (from 0), and end",
     )  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="list suites and contenders, and end")
+    parser.add_argument(
+        "--list", action="store_true",
+        help="list suites and contenders, or with --suite what is in that one, and end",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
     parser = subparsers.add_parser(
@@ -95,9 +103,10 @@ def run(arguments: argparse.Namespace) -> int:
     from . import contenders, page, report, results, runner, suites
     from . import warm as warming
 
-    suite = suites.get(arguments.suite, **_changes(arguments))
+    suite = suites.get(arguments.suite or "quick", **_changes(arguments))
     if arguments.list:
-        print(report.listing(runner.device_of(suites.get("quick"))))
+        here = runner.device_of(suites.get("quick"))
+        print(report.details(suite, here) if arguments.suite else report.listing(here))
         return 0
     if arguments.predict is not None:
         from deqfusion.kernels import cost
@@ -108,7 +117,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     device = runner.device_of(suite)
     for name in runner.names_of(suite, device):
-        contenders.get(name)
+        reason = contenders.get(name).unavailable(device)
+        if arguments.contenders is not None and reason is not None:
+            raise ValueError(f"--contenders: got {name}, which cannot run here: {reason}")
     if arguments.warm is not None:
         warming.warm(suite, *warming.parse(arguments.warm))
         return 0
@@ -186,7 +197,7 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
 
     changes: dict[str, Any] = {
         name: getattr(arguments, name)
-        for name in ("rounds", "seed", "loss", "limit", "device")
+        for name in ("rounds", "seed", "loss", "limit", "budget", "device")
         if getattr(arguments, name) is not None
     }
     if arguments.threads is not None:

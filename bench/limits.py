@@ -2,12 +2,14 @@
 
 Time is taken to grow in a line with the operations of a step, B d^2 (3 N + 1), through the two
 nearest smaller sizes: what is the same at every size is not scaled. With fewer than two nothing is
-refused. What is refused is reported as skipped, with the estimate and where it comes from.
+refused. What is refused is reported as skipped, with the estimate and where it comes from. A bound
+on the whole run goes by cases in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 
 from .suites import Case
 from .timing import Stopwatch
@@ -54,18 +56,60 @@ class Limit:
         if self.seconds is None:
             return None
         known = self._known.get(name, {})
-        smaller = sorted(at for at in known if at < size(case))
-        if len(smaller) < 2:
+        expected = _beyond({at: seconds for at, (seconds, _) in known.items()}, size(case))
+        if expected is None or expected * self.rounds <= self.seconds:
             return None
-        (least, _), (most, nearest) = (known[at] for at in smaller[-2:])
-        slope = max(0.0, most - least) / (smaller[-1] - smaller[-2])
-        expected = most + slope * (size(case) - smaller[-1])
-        if expected * self.rounds <= self.seconds:
-            return None
+        most, nearest = known[max(at for at in known if at < size(case))]
         return (
             f"{self.rounds} runs of some {expected:.1f} s ({most:.1f} s at {nearest.shape}) would "
             f"exceed the limit of {self.seconds:g} s per contender and mode"
         )
+
+
+class Budget:
+    """A bound on the seconds of a run, about: what has begun is ended.
+
+    A case is expected to take what is on the line through the two nearest smaller ones, or with
+    fewer of them what the nearest took; until one has ended nothing is known.
+
+    Args:
+        seconds: the bound; None: no bound.
+        clock: seconds.
+    """
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.clock, self.begin = seconds, clock, clock()
+        self._known: dict[float, float] = {}
+
+    def refuse(self, case: Case) -> str | None:
+        """Why a case is not run, or None."""
+        if self.seconds is None:
+            return None
+        left, at = self.seconds - (self.clock() - self.begin), size(case)
+        expected = self._known.get(at) or _beyond(self._known, at)
+        if expected is None:
+            nearest = min(self._known, key=lambda known: abs(known - at), default=None)
+            expected = 0.0 if nearest is None else self._known[nearest]
+        if left > 0 and expected <= left:
+            return None
+        return (
+            f"some {expected:.0f} s, {max(left, 0):.0f} are left of the budget of "
+            f"{self.seconds:g} s"
+        )
+
+    def note(self, case: Case, seconds: float) -> None:
+        """Keeps what a case took in which something was timed."""
+        self._known[size(case)] = max(seconds, self._known.get(size(case), 0.0))
+
+
+def _beyond(known: Mapping[float, float], at: float) -> float | None:
+    """Seconds at a size, on the line through the two nearest smaller ones; None of fewer."""
+    smaller = sorted(size for size in known if size < at)
+    if len(smaller) < 2:
+        return None
+    least, most = (known[size] for size in smaller[-2:])
+    slope = max(0.0, most - least) / (smaller[-1] - smaller[-2])
+    return most + slope * (at - smaller[-1])
 
 
 def _seconds(known: tuple[float, Case]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,13 @@ def page(result: dict[str, Any], parts: list[str]) -> str:
     """
     name = html.escape(str(result["suite"].get("name", "bench")))
     environment = html.escape(json.dumps(result["environment"], indent=1))
-    failed = [
+    absent = report.absent(result)
+    failed = [f"{contender}: {reason}" for contender, reason in absent.items()]
+    failed += [
         f"{report.title(case)}: {contender}: {entry['status']}: {entry['reason']}"
         for case in result["cases"]
         for contender, entry in case["contenders"].items()
-        if entry["seconds"] is None
+        if entry["seconds"] is None and contender not in absent
     ]
     missing = "".join(f"<li>{html.escape(line)}</li>" for line in dict.fromkeys(failed))
     return (
@@ -97,9 +98,12 @@ def writable(folder: Path) -> Path:
     Raises:
         OSError: if it cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"cannot write to {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"{folder}: cannot be written ({error.strerror}), expected a folder for results"
+        ) from error
     return folder

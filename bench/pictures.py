@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from . import results
 from .report import FACTOR_TITLES, MODE_TITLES
@@ -21,7 +22,11 @@ from .report import FACTOR_TITLES, MODE_TITLES
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
+GREYS = ("#333333", "#999999")
 HATCHES = ("", "///", "...", "xxx")
+INCHES = 2.6
+"""Of a column of the legend."""
+
 MOST_BARS = 12
 """Cases in one row of bars; more are drawn as curves only."""
 
@@ -108,21 +113,29 @@ def roofline(result: Result) -> Figure | None:
                 points.setdefault(name, []).append((x, work["operations_per_second"]))
     if not points or not result.get("peaks"):
         return None
-    figure, (axes,) = _panels(1, 1)
+    figure, (axes,) = _panels(1, 1, width=8.0)
     low = min(x for found in points.values() for x, _ in found) / 2
     high = max(x for found in points.values() for x, _ in found) * 2
-    for index, (threads, peaks) in enumerate(result["peaks"].items()):
-        style = LINES[index % len(LINES)]
-        for rate in (key for key in peaks if key != "copy"):
-            ridge = [low, max(low, min(high, peaks[rate] / peaks["copy"])), high]
-            roof = [min(peaks["copy"] * x, peaks[rate]) for x in ridge]
-            axes.plot(ridge, roof, color="#555555", linestyle=style, linewidth=1)
-            axes.annotate(f"{rate}, {threads}t", (high, roof[-1]), ha="right", va="bottom",
-                          fontsize="x-small")  # fmt: skip
+    # In the legend: beside the lines their names would meet, where rates are close.
+    ceilings = [
+        (f"{rate} peak, {threads}t: {peaks[rate] / 1e9:.0f} GFLOP/s", peaks["copy"], peaks[rate])
+        for threads, peaks in result["peaks"].items()
+        for rate in peaks
+        if rate != "copy"
+    ]
+    for index, (label, copy, rate) in enumerate(ceilings):
+        ridge = [low, max(low, min(high, rate / copy)), high]
+        axes.plot(
+            ridge, [min(copy * x, rate) for x in ridge], label=label, linewidth=1,
+            color=GREYS[index // len(LINES) % len(GREYS)], linestyle=LINES[index % len(LINES)],
+        )  # fmt: skip
     for index, (name, found) in enumerate(points.items()):
         axes.plot(*zip(*found, strict=True), linestyle="", label=name, alpha=0.8, **_point(index))
     axes.set(xscale="log", yscale="log", xlabel="operations per byte",
              ylabel="operations per second")  # fmt: skip
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     return _finish(figure, axes.get_legend_handles_labels()[0], result)
 
 
@@ -268,7 +281,8 @@ def _panels(rows: int, columns: int, width: float = 5.5) -> tuple[Figure, list[A
 
 def _finish(figure: Figure, handles: Sequence[Any], result: Result) -> Figure:
     """Adds the legend and the line that says where the figures come from."""
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False,
+    columns = max(1, min(4, int(figure.get_figwidth() / INCHES)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False,
                   fontsize="small")  # fmt: skip
     figure.suptitle(results.describe(result), fontsize="small")
     return figure

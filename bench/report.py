@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Container
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -25,11 +27,20 @@ NOT_MEASURED = "not measured"
 
 
 class Progress:
-    """One line that says what is happening, where the stream is a terminal; else silent."""
+    """Says what is happening: on a terminal in one line, in a file in one every `EVERY` seconds.
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        self.active = stream.isatty()
+    Args:
+        stream: where.
+        clock: seconds.
+    """
+
+    EVERY = 10.0
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self.stream, self.clock = stream, clock
+        self.terminal = stream.isatty()
+        self.begin = clock()
+        self.due = self.begin
 
     def __enter__(self) -> Progress:
         return self
@@ -40,30 +51,74 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._write("")
+        if self.terminal:
+            self._write("\r\x1b[K")
 
     def show(self, message: str) -> None:
-        """Replaces the line."""
-        self._write(message)
+        """Replaces the line, or adds one if it is time."""
+        now = self.clock()
+        if self.terminal:
+            self._write(f"\r\x1b[K{message}")
+        elif now >= self.due:
+            self.due = now + self.EVERY
+            self._write(f"{now - self.begin:.0f} s: {message}\n")
 
-    def _write(self, message: str) -> None:
-        if self.active:
-            self.stream.write(f"\r\x1b[K{message}")
-            self.stream.flush()
+    def _write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
 
 
 def listing(device: torch.device) -> str:
-    """Suites and contenders, with why a contender cannot run on a device."""
-    lines = ["suites"]
-    for suite in suites.SUITES.values():
-        shapes = " ".join(dict.fromkeys(str(case.shape) for case in suite.cases))
-        lines.append(f"  {suite.name}: {suite.summary}")
-        lines.append(f"    {shapes}; {', '.join(runner.names_of(suite, device))}")
-    lines.append("contenders")
-    for name, kind in contenders.contenders().items():
-        reason = kind.unavailable(device)
-        lines.append(f"  {name}: {kind.summary}" + (f" [not here: {reason}]" if reason else ""))
+    """Suites and contenders, a line each, and which contenders cannot run on a device and why."""
+    kinds = contenders.contenders()
+    width = max(map(len, (*kinds, *suites.SUITES)))
+    lines = ["suites (--list --suite NAME: shapes and contenders)"]
+    lines += [f"  {s.name.ljust(width)}  {s.summary}" for s in suites.SUITES.values()]
+    here: dict[str | None, list[str]] = {None: []}
+    for name, kind in kinds.items():
+        found = here.setdefault(kind.unavailable(device), [])
+        found.append(f"  {name.ljust(width)}  {kind.summary}")
+    for reason, found in here.items():
+        lines.append("contenders" if reason is None else f"contenders not here: {reason}")
+        lines += found
     return "\n".join(lines)
+
+
+def details(suite: suites.Suite, device: torch.device) -> str:
+    """A suite's settings, cases and contenders."""
+    kinds, names = contenders.contenders(), runner.names_of(suite, device)
+    width = max(map(len, names))
+    modes = ", ".join(MODE_TITLES[mode] for mode in suite.modes)
+    limit = "" if suite.limit is None else f", at most {suite.limit:g} s of each and mode on a CPU"
+    lines = [
+        f"{suite.name}: {suite.summary}",
+        f"{modes}; threads {', '.join(map(str, suite.threads))}; {suite.rounds} rounds{limit}",
+        "rows, width, modalities",
+    ]
+    for case in suite.cases:
+        notes = [case.label, f"to {case.target:g}" if case.target else ""]
+        notes += [f"along {FACTOR_TITLES[factor]}" for factor in case.factors]
+        lines.append(f"  {case.shape!s:<14}{', '.join(filter(None, notes))}".rstrip())
+    lines.append("contenders")
+    for name in names:
+        reason = kinds[name].unavailable(device)
+        more = f" (not here: {reason})" if reason else ""
+        lines.append(f"  {name.ljust(width)}  {kinds[name].summary}{more}")
+    return "\n".join(lines)
+
+
+def absent(result: dict[str, Any]) -> dict[str, str]:
+    """Why contenders could not run at all, by name: what is said once, and not of every case."""
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for case in result["cases"]:
+        for name, entry in case["contenders"].items():
+            entries.setdefault(name, []).append(entry)
+    return {
+        name: str(found[0]["reason"])
+        for name, found in entries.items()
+        if {(e["status"], e.get("reason")) for e in found}
+        == {("unavailable", found[0].get("reason"))}
+    }
 
 
 def title(case: dict[str, Any]) -> str:
@@ -94,9 +149,11 @@ def table(result: dict[str, Any]) -> str:
         f"time over that of {result['reference']}, median and 20th to 80th percentile",
         *_peaks(result),
     ]
+    missing = absent(result)
+    lines += [f"{name} UNAVAILABLE: {reason}" for name, reason in missing.items()]
     for case in result["cases"]:
         peaks = result.get("peaks", {}).get(str(case["threads"]), {})
-        lines += ["", title(case), *_rows(case, peaks)]
+        lines += ["", title(case), *_rows(case, peaks, missing)]
         best = runner.best_baseline(case)
         if best is not None and case["contenders"][best]["ratio"] is not None:
             ratio = case["contenders"][best]["ratio"]
@@ -125,9 +182,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _rows(case: dict[str, Any], peaks: dict[str, float]) -> list[str]:
+def _rows(case: dict[str, Any], peaks: dict[str, float], without: Container[str]) -> list[str]:
     """A case's lines: aligned columns, without those that nobody has a value for."""
-    rows = {name: _row(name, entry, peaks) for name, entry in case["contenders"].items()}
+    rows = {
+        name: _row(name, entry, peaks)
+        for name, entry in case["contenders"].items()
+        if name not in without
+    }
     timed = [row for row in rows.values() if len(row) == len(COLUMNS)]
     kept = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in timed)]
     grid = [[COLUMNS[i] for i in kept], *([row[i] for i in kept] for row in timed)]

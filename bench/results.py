@@ -1,9 +1,4 @@
-"""Result files: written whole, and read only if they are what they should be.
-
-Format 1 had the cases, contenders, times and verified residuals; format 2 adds device, peaks,
-targets, factors, fits, memory, launches, operations and the model's floor. What a file of format 1
-does not have reads as not measured.
-"""
+"""Result files: written whole, and read only if they are what they should be."""
 
 from __future__ import annotations
 
@@ -15,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 2
-READABLE = (1, 2)
-REQUIRED = {"suite": dict, "environment": dict, "reference": str, "cases": list}
+REQUIRED = {"suite": dict, "environment": dict, "device": str, "reference": str, "cases": list}
 CASE = {"shape": list, "threads": int, "mode": str, "contenders": dict}
 
 
@@ -42,23 +36,27 @@ def write_text(text: str, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a result file of any format known here.
+    """Reads a result file.
 
     Raises:
-        ValueError: if it is no JSON, not a result of this benchmark, or of a newer format: names
+        ValueError: if it is no JSON, not a result of this benchmark, or of another format: names
             the file, what was found and what was expected.
-        OSError: if it cannot be read.
+        OSError: if it cannot be read, naming the file and what was expected.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise type(error)(
+            f"{path}: cannot be read ({error.strerror}), expected a JSON file of deqfusion bench"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: got no JSON ({error}), expected a result of bench") from error
     if not isinstance(result, dict) or "format" not in result:
         raise ValueError(f"{path}: got no format, expected a result of deqfusion bench")
-    if result["format"] not in READABLE:
+    if result["format"] != FORMAT:
         raise ValueError(
-            f"{path}: got format {result['format']!r}, expected one of "
-            f"{', '.join(map(str, READABLE))} (not of deqfusion bench, or of a newer one)"
+            f"{path}: got format {result['format']!r}, expected {FORMAT} (not of deqfusion bench, "
+            "or of another version)"
         )
     _has(result, REQUIRED, str(path))
     for index, case in enumerate(result["cases"]):
@@ -101,9 +99,8 @@ def machine(result: dict[str, Any]) -> dict[str, str]:
     """What makes figures comparable: processor, cores, and the GPU where one was measured."""
     env = result["environment"]
     gpu = env.get("gpu") or {}
-    # Format 1 was for CPUs only.
     found = {"cpu": str(env.get("cpu")), "cores": str(env.get("cores"))}
-    if result.get("device", "cpu") != "cpu":
+    if result["device"] != "cpu":
         found["gpu"] = str(gpu.get("name"))
     return found
 

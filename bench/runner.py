@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from . import contenders, environment, fits, floor, peaks, resources, timing, work
-from .limits import Limit
+from .limits import Budget, Limit
 from .problem import Problem, Shape
 from .results import FORMAT
 from .suites import MODES, Case, Suite, cases
-from .trial import Trial, Truth
+from .trial import Trial, Truth, told
 
 REFERENCE = "ours"
 """Ratios are the time of a contender over the time of this one."""
@@ -66,6 +66,7 @@ class Setting:
         suite, device, threads: as named.
         gpu: its name, or None.
         limit: who would take too long.
+        budget: which case would.
         progress: called with a line on what is happening.
         place: of the case among all.
     """
@@ -75,6 +76,7 @@ class Setting:
     threads: int
     gpu: str | None
     limit: Limit
+    budget: Budget
     progress: Callable[[str], object]
     place: str = ""
 
@@ -87,21 +89,31 @@ def run_case(case: Case, setting: Setting) -> list[Record]:
     """
     suite, target = setting.suite, case.target or setting.suite.target
     names, modes = names_of(suite, setting.device), case.modes or suite.modes
-    skipped = {name: reason for name in names if (reason := setting.limit.refuse(name, case))}
+    refusal = setting.budget.refuse(case)
+    absent = {
+        name: _absent("skipped", reason)
+        for name in names
+        if (reason := refusal or setting.limit.refuse(name, case))
+    }
     trials: list[Trial] = []
-    if len(skipped) < len(names):
+    if len(absent) < len(names):
         if "torch._dynamo" in sys.modules:
             # Code of earlier cases would be looked through at every call.
             torch.compiler.reset()
-        problem = Problem(case.shape, seed=suite.seed, loss=suite.loss).to(setting.device)
-        truth = Truth(problem, target)
-        for name in names:
-            if name not in skipped:
-                setting.progress(f"{_where(case, setting)}: verifying {name}")
-                trials.append(Trial(name, problem, target, modes, truth))
+        try:
+            problem = Problem(case.shape, seed=suite.seed, loss=suite.loss).to(setting.device)
+        except Exception as error:
+            # Of memory for the largest there may not be enough; the others' times are not lost.
+            absent = {n: _absent("failed", f"problem: {told(error)}") for n in names} | absent
+        else:
+            truth = Truth(problem, target)
+            for name in names:
+                if name not in absent:
+                    setting.progress(f"{_where(case, setting)}: verifying {name}")
+                    trials.append(Trial(name, problem, target, modes, truth))
     records = []
     for mode in modes:
-        entries = {name: _absent("skipped", reason) for name, reason in skipped.items()}
+        entries = dict(absent)
         if trials:
             setting.progress(f"{_where(case, setting)}: timing {mode}")
             entries |= _time(trials, mode, case, setting)
@@ -195,7 +207,7 @@ def _record(
     steps, contender = trial.found[mode]["steps"], trial.contender
     shape = trial.problem.shape
     counted = work.count(shape, mode, trial.evaluations[mode], steps, contender.memory)
-    found["work"] = work.achieved(counted, best, contender.rate)
+    found["work"] = work.achieved(counted, best, contender.rate_of(mode))
     least = floor.seconds(contender, mode, steps, setting.gpu)
     if least is not None:
         found["floor"] = {"seconds": least, "fraction": least / best}
@@ -254,10 +266,15 @@ def run(
             progress(f"measuring what the machine can do, {thread_count}t")
             before = result["peaks"][str(thread_count)] = peaks.measure(device)
             limit = Limit(suite.limit if device.type == "cpu" else None, suite.rounds)
-            setting = Setting(suite, device, thread_count, gpu, limit, progress)
+            each = None if suite.budget is None else suite.budget / len(suite.threads)
+            setting = Setting(suite, device, thread_count, gpu, limit, Budget(each), progress)
             for index, case in enumerate(suite.cases, 1):
                 setting.place = f"{index} of {len(suite.cases)}"
-                result["cases"] += run_case(case, setting)
+                begun = setting.budget.clock()
+                records = run_case(case, setting)
+                if any(e["seconds"] for r in records for e in r["contenders"].values()):
+                    setting.budget.note(case, setting.budget.clock() - begun)
+                result["cases"] += records
                 result["fits"] = fits.of_cases(result["cases"])
                 save(result)
             result["peaks"][str(thread_count)] = peaks.best(before, peaks.measure(device))

@@ -70,6 +70,8 @@ class Suite:
         seed: of parameters and inputs.
         limit: seconds that the samples of a contender may take in one mode of a case on a CPU; more
             is skipped, with the reason. None: no limit.
+        budget: seconds for the whole run, as many for each of `threads`; a case that should not end
+            in time is skipped, with the reason. None: no bound.
         device: of `DEVICES`; "auto" is a GPU where torch can use one.
         summary: for the list of suites.
     """
@@ -85,6 +87,7 @@ class Suite:
     target: float = 1e-3
     seed: int = 0
     limit: float | None = None
+    budget: float | None = None
     device: str = "auto"
     summary: str = field(default="", compare=False)
 
@@ -99,8 +102,9 @@ class Suite:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if not 0 < self.target < 1:
             raise ValueError(f"target must be between 0 and 1, got {self.target}")
-        if self.limit is not None and not self.limit > 0:
-            raise ValueError(f"limit must be above 0 seconds, got {self.limit}")
+        for name, seconds in (("limit", self.limit), ("budget", self.budget)):
+            if seconds is not None and not seconds > 0:
+                raise ValueError(f"{name} must be above 0 seconds, got {seconds}")
         if self.device not in DEVICES:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
 

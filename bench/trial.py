@@ -52,6 +52,11 @@ TIGHTEST = 1e-3
 """The smallest fraction of the target tried as a tolerance."""
 
 
+def told(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 class Truth:
     """A problem's true gradients, solved in fp64 once, for contenders that keep no adjoint.
 
@@ -205,11 +210,10 @@ class Trial:
 
     def raised(self, mode: str, error: Exception) -> None:
         """Takes the contender out of a mode's comparison for what it raised."""
-        said = (str(error).splitlines() or [""])[0]
         if isinstance(error, contenders.Unavailable):
-            self.fail(mode, said, "unavailable")
+            self.fail(mode, str(error), "unavailable")
         else:
-            self.fail(mode, f"{type(error).__name__}: {said}")
+            self.fail(mode, told(error))
 
     def _miss(self, mode: str) -> float:
         """The worst figure of the last verification over what is allowed for it."""

@@ -57,13 +57,15 @@ def count(
     return {"operations": operations, "bytes": moved}
 
 
-def achieved(counted: dict[str, float] | None, seconds: float, rate: str) -> dict[str, Any] | None:
+def achieved(
+    counted: dict[str, float] | None, seconds: float, rate: str | None
+) -> dict[str, Any] | None:
     """What a count comes to in `seconds`.
 
     Args:
         counted: of `count`, or None.
         seconds: of the run.
-        rate: the key of `peaks.measure` that the products are held against.
+        rate: the key of `peaks.measure` that the products are held against; None: none.
 
     Returns:
         The count, with "operations_per_second", "bytes_per_second" and "rate".

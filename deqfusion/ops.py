@@ -151,7 +151,8 @@ def _on_host(o: SolverOptions, x: Tensor, modalities: int, cell: CellOptions) ->
         rows, dim = x.shape[-2:]
         found = tuning.lookup(
             tuning.host_name(), "host", dim, cell.num_groups, modalities,
-            str(x.dtype).removeprefix("torch."), tuning.bucket(rows),
+            str(x.dtype).removeprefix("torch."), o.memory, torch.get_num_threads(),
+            tuning.bucket(rows),
         )  # fmt: skip
         if not isinstance(found, tuning.Host):
             return o

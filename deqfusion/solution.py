@@ -26,11 +26,10 @@ class Status(IntEnum):
     NON_FINITE = 3
 
 
-_REASON = {
-    Status.MAX_STEPS: "reached max_steps before the tolerance (raise max_steps, or loosen tol)",
-    Status.STAGNATED: "stopped improving before the tolerance (the map may not contract there, "
-    "or tol is below what the dtype resolves)",
-    Status.NON_FINITE: "met NaN or inf (check the features and parameters of these rows)",
+_ADVICE = {
+    Status.MAX_STEPS: "raise max_steps or loosen tol",
+    Status.STAGNATED: "the map does not contract there, or tol is below the dtype's rounding",
+    Status.NON_FINITE: "NaN or inf: check features and parameters",
 }
 
 
@@ -75,25 +74,25 @@ class SolveStats:
         """Raises if any row of any block did not converge; waits for the device.
 
         Raises:
-            ConvergenceError: naming, per block, how many rows failed and why.
+            ConvergenceError: naming, per status and block, how many rows failed, and what may help.
         """
         blocks = self.status.shape[0]
         rows = self.status.reshape(blocks, -1)
         residual = self.residual.reshape(blocks, -1)
-        lines = []
-        for block in range(blocks):
-            name = "fusion" if block == blocks - 1 else f"modality {block}"
-            for status, reason in _REASON.items():
+        said = []
+        for status, advice in _ADVICE.items():
+            found = []
+            for block in range(blocks):
                 failed = rows[block] == int(status)
-                count = int(failed.sum())
-                if count:
+                if failed.any():
                     worst = float(residual[block][failed].max())
-                    lines.append(
-                        f"{name}: {count} of {rows.shape[1]} rows {status.name}, worst relative "
-                        f"residual {worst:.2e}: {reason}"
-                    )
-        if lines:
-            raise ConvergenceError("; ".join(lines))
+                    name = "fusion" if block == blocks - 1 else f"modality {block}"
+                    reached = "" if status == Status.NON_FINITE else f" (residual {worst:.1e})"
+                    found.append(f"{int(failed.sum())} of {rows.shape[1]} rows of {name}{reached}")
+            if found:
+                said.append(f"{status.name} in {', '.join(found)}: {advice}")
+        if said:
+            raise ConvergenceError("; ".join(said))
 
     def summary(self) -> str:
         """One line per block: converged share, median and largest steps, worst residual."""

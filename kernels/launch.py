@@ -171,7 +171,7 @@ class Plan:
             asked = _tuned(device, solve, layout, modalities, options, rows)
             tuned = asked is not None
             if not tuned and device.type == "cuda" and rows and blocks:
-                _tell_untuned(device, solve, rows, layout)
+                _tell_untuned(device, solve, rows, layout, options)
         if asked is None:
             asked = untuned(rows, layout, blocks, device, solve)
         if _would_wait(asked, layout):
@@ -320,8 +320,9 @@ def _tuned(
     """What was tuned for this device, where that is known and compiles."""
     name = device_name(device)
     found = tuning.lookup(
-        name, solve, layout.dim, layout.groups, modalities, options.products, tuning.bucket(rows)
-    )
+        name, solve, layout.dim, layout.groups, modalities, options.products, options.slots, 0,
+        tuning.bucket(rows),
+    )  # fmt: skip
     if not isinstance(found, Config) or _refusal(name, solve, layout, options, found) in _refused:
         return None
     return None if _would_wait(found, layout) else found
@@ -347,14 +348,17 @@ def untuned(rows: int, layout: Layout, blocks: int, device: torch.device, solve:
     )  # fmt: skip
 
 
-def _tell_untuned(device: torch.device, solve: str, rows: int, layout: Layout) -> None:
+def _tell_untuned(
+    device: torch.device, solve: str, rows: int, layout: Layout, options: SolveOptions
+) -> None:
     """Says so, once in a process."""
     global _told
     if not _told:
         _told = True
         logger.warning(
-            "%s: nothing tuned for the %s of %d rows of %d, so the cost model chooses; "
-            "`deqfusion autotune` measures", device_name(device), solve, rows, layout.dim,
+            "%s: nothing tuned for the %s of %d rows of %d with memory %d, so the cost model "
+            "chooses; `deqfusion autotune` measures", device_name(device), solve, rows, layout.dim,
+            options.memory,
         )  # fmt: skip
 
 

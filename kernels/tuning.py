@@ -5,12 +5,14 @@
 
 SLUG is the device's name in lower case with dashes. CACHE is `DEQFUSION_CACHE`, or the platform's
 folder for caches: `XDG_CACHE_HOME` or ~/.cache, ~/Library/Caches, %LOCALAPPDATA%, and in it
-`deqfusion`. An entry says what was solved (`Problem`), the best choice and the runner-up with their
-times, and on what they were measured. Rows are kept in buckets, the powers of two; a lookup takes
-the nearest bucket, in logarithms, within a factor of 4 in rows: farther off nothing is known, and
-the cost model chooses.
+`deqfusion`. An entry says what was solved (`Problem`), the best choice and the runner-up with
+times and spreads, and on what they were measured. Rows are kept in buckets, the powers of two; a
+lookup takes the nearest bucket, in logarithms, within a factor of 4 in rows: farther off nothing is
+known, and the cost model chooses.
 
-Files are read once per process, or again after `save` or `forget`. One that is damaged, of
+Files are read once per process, at the first lookup, or again after `save` or `forget`. Nothing of
+it touches a device or allocates a tensor, so that under a CUDA graph's capture it is as good as
+anywhere else. One that is damaged, of
 something else or of a newer version is reported once and ignored, and set aside rather than
 overwritten when results are saved. One that the system does not let read is reported once and
 ignored as well, but left where it is: it may be whole, and somebody else's. Saving merges under a
@@ -59,7 +61,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "deqfusion-tuned", 1
+FORMAT, VERSION = "deqfusion-tuned", 2
 SHIPPED = Path(__file__).resolve().parent / "configs"
 SOLVES = ("modality", "fusion", "modality adjoint", "fusion adjoint")
 """What the GPU programs solve; "host" stands for all of them by the CPU implementation."""
@@ -93,6 +95,9 @@ class Problem:
         solve: one of `SOLVES`, or "host".
         dim, groups, modalities: d, G, N.
         precision: `SolveOptions.products`; for "host" the dtype.
+        memory: evaluations that the solver keeps, on which registers and bytes depend:
+            `SolveOptions.slots`; for "host" m.
+        threads: of torch, within operators, for "host"; else 0.
         rows: R; of an entry its bucket.
     """
 
@@ -101,6 +106,8 @@ class Problem:
     groups: int
     modalities: int
     precision: str
+    memory: int
+    threads: int
     rows: int
 
 
@@ -112,13 +119,16 @@ class Timed:
         config: the choice.
         memory, ladder: of the solver that it ran with.
         seconds: median time of a solve to the verified residual; on a GPU with a cold L2 cache.
-        warm: the same with a warm one.
+        p20, p80: percentiles of the same samples.
+        warm: the median with a warm L2 cache.
     """
 
     config: Choice
     memory: int
     ladder: bool
     seconds: float
+    p20: float
+    p80: float
     warm: float
 
 
@@ -127,7 +137,8 @@ class Entry:
     """The best choice for a problem, and where it comes from.
 
     Attributes:
-        problem, best: what is solved, and how.
+        problem, best: what is solved, and how: the default where nothing was faster by more than
+            the noise.
         runner_up, default: the second best, and what would have run untuned; None: none was timed.
         residual: largest relative residual of the answer in fp64 (of an adjoint: error of dL/dx).
         tolerance: what it was to be.
@@ -235,7 +246,8 @@ _OBJECT_OR_NULL: Check = (lambda v: v is None or isinstance(v, dict), "an object
 _SECONDS = _number(0, 1e6)
 _PROBLEM = {
     "solve": _one_of(*SOLVES, "host"), "dim": _whole(1, 1 << 20), "groups": _whole(1, 1 << 20),
-    "modalities": _whole(1, 1 << 20), "precision": _TEXT, "rows": _power(1, MOST_ROWS),
+    "modalities": _whole(1, 1 << 20), "precision": _TEXT, "memory": _whole(0, 1 << 20),
+    "threads": _whole(0, 1 << 20), "rows": _power(1, MOST_ROWS),
 }  # fmt: skip
 _CONFIG = {
     "schedule": _one_of(*SCHEDULES), "rows": _power(16, 1024), "depth": _power(16, MAX_PADDED),
@@ -244,7 +256,7 @@ _CONFIG = {
 _HOST = {"compact_below": _number(0, 1)}
 _TIMED = {
     "config": _OBJECT, "memory": _whole(0, 1 << 20), "ladder": _FLAG, "seconds": _SECONDS,
-    "warm": _SECONDS,
+    "p20": _SECONDS, "p80": _SECONDS, "warm": _SECONDS,
 }  # fmt: skip
 _ENTRY = {
     "problem": _OBJECT, "best": _OBJECT, "runner_up": _OBJECT_OR_NULL, "default": _OBJECT_OR_NULL,
@@ -345,18 +357,20 @@ def _table(device: str) -> dict[tuple[Any, ...], dict[int, Choice]]:
 
 @functools.lru_cache(maxsize=4096)
 def lookup(
-    device: str, solve: str, dim: int, groups: int, modalities: int, precision: str, rows: int
-) -> Choice | None:
+    device: str, solve: str, dim: int, groups: int, modalities: int, precision: str, memory: int,
+    threads: int, rows: int,
+) -> Choice | None:  # fmt: skip
     """The tuned choice for a problem, or None: of the nearest bucket, if that is within a factor
     of `FARTHEST` in rows.
 
     Args:
         device: its name.
-        solve, dim, groups, modalities, precision, rows: as in `Problem`; rows of any number.
+        solve, dim, groups, modalities, precision, memory, threads, rows: as in `Problem`; rows of
+            any number.
 
     Reads files the first time that a device is asked for, and after that nothing.
     """
-    found = _table(device).get((solve, dim, groups, modalities, precision))
+    found = _table(device).get((solve, dim, groups, modalities, precision, memory, threads))
     if not found:
         return None
     nearest = min(found, key=lambda at: (abs(math.log2(at / max(rows, 1))), at))

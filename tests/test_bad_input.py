@@ -16,7 +16,7 @@ from deqfusion import (
     Unroll,
     functional,
 )
-from deqfusion.solution import ConvergenceError
+from deqfusion.solution import ConvergenceError, SolveStats
 
 DIM, COUNT, BATCH = 16, 2, 6
 
@@ -363,12 +363,25 @@ def test_raise_for_status(fusion):
     with pytest.raises(ConvergenceError) as error:
         fusion.equilibrium(spoiled).stats.raise_for_status()
     message = str(error.value)
-    assert "2 of 6" in message
-    assert "modality 1" in message
-    assert "fusion" in message
+    assert message.endswith(
+        "NON_FINITE in 2 of 6 rows of modality 1, 2 of 6 rows of fusion: NaN or inf: check "
+        "features and parameters"
+    )
+    assert "max_steps" not in message
     hurried = DEQFusion(DIM, COUNT, solver=Anderson(tol=1e-6, max_steps=2))
-    with pytest.raises(ConvergenceError, match="max_steps"):
+    with pytest.raises(ConvergenceError, match=r"raise max_steps or loosen tol$"):
         hurried.equilibrium(features()).stats.raise_for_status()
+    # Every status has its advice, once.
+    status = torch.tensor([[0, 1, 2, 3], [1, 1, 0, 0]], dtype=torch.int32)
+    with pytest.raises(ConvergenceError) as error:
+        SolveStats(status, status, torch.full((2, 4), 0.25)).raise_for_status()
+    assert str(error.value) == (
+        "MAX_STEPS in 1 of 4 rows of modality 0 (residual 2.5e-01), 2 of 4 rows of fusion "
+        "(residual 2.5e-01): raise max_steps or loosen tol; STAGNATED in 1 of 4 rows of modality 0 "
+        "(residual 2.5e-01): the map does not contract there, or tol is below the dtype's "
+        "rounding; NON_FINITE in 1 of 4 rows of modality 0: NaN or inf: check features and "
+        "parameters"
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-42, 1e-30, 1e30])

@@ -103,6 +103,10 @@ def test_arguments_are_refused_in_the_name_of_their_command(
     error = error_line(["train", "rosmap", "--epochs", "0"], "deqfusion train rosmap", capsys)
     assert "argument --epochs: got '0', expected" in error
     assert error.endswith("(see deqfusion train rosmap --help)\n")
+    for command, more in (("train rosmap", "--data-dir a --out b"), ("demo", "--out b")):
+        error = error_line(f"{command} {more} --lr-0 1".split(), f"deqfusion {command}", capsys)
+        assert "unrecognized arguments: --lr-0 1" in error
+        assert error.endswith(f"(see deqfusion {command} --help)\n")
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (2, 2)])

@@ -129,6 +129,10 @@ class Contender(abc.ABC):
         """The matrix rate that its products are held against, a key of `peaks.measure`."""
         return "fp32"
 
+    def rate_of(self, mode: str) -> str | None:
+        """That of a mode; None where its solves have different ones."""
+        return self.rate
+
     def function(self, mode: str) -> Callable[[], Answer]:
         """What a mode runs, to be called under `context`."""
         functions: dict[str, Callable[[], Answer]] = {

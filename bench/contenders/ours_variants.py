@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from .base import FORWARD
 from .ours import Ours
 from .registry import register
 
@@ -34,3 +35,7 @@ class OursJoint(Ours):
     name = "ours_joint"
     summary = "ours without the block-triangular split"
     module_options: ClassVar[dict[str, Any]] = {"joint": True}
+
+    def rate_of(self, mode: str) -> str | None:
+        # The adjoint is by blocks, with the ladder where that is on.
+        return self.rate if mode == FORWARD else None

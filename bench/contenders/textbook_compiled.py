@@ -97,3 +97,12 @@ class TextbookCompiled(JointContender):
     def step(self, z: Tensor, features: Tensor, injected: Tensor) -> Tensor:
         """One step of the frozen cell."""
         return self.compiled_frozen(z, features, injected)
+
+
+class TextbookInGraphs(TextbookCompiled):
+    """What is common to the compiler's modes that capture CUDA graphs on a GPU; no contender."""
+
+    def step(self, z: Tensor, features: Tensor, injected: Tensor) -> Tensor:
+        # A replay writes over what the one before returned.
+        torch.compiler.cudagraph_mark_step_begin()
+        return super().step(z, features, injected).clone()

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
-from .base import CPU
 from .registry import register
-from .textbook_reduce_overhead import TextbookReduceOverhead
+from .textbook_compiled import TextbookInGraphs
 
 
 @register
-class TextbookMaxAutotune(TextbookReduceOverhead):
+class TextbookMaxAutotune(TextbookInGraphs):
     """The compiler times its own products and torch's, and takes the faster."""
 
     name = "textbook_max_autotune"
     summary = 'the compiled textbook, mode="max-autotune" (products tuned by the compiler)'
     mode = "max-autotune"
-
-    @classmethod
-    def unavailable(cls, device: torch.device = CPU) -> str | None:
-        return super(TextbookReduceOverhead, cls).unavailable(device)

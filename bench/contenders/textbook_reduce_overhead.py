@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .base import CPU
 from .registry import register
-from .textbook_compiled import TextbookCompiled
+from .textbook_compiled import TextbookInGraphs
 
 
 @register
-class TextbookReduceOverhead(TextbookCompiled):
+class TextbookReduceOverhead(TextbookInGraphs):
     """Captured by the compiler; without a GPU the mode changes nothing."""
 
     name = "textbook_reduce_overhead"
@@ -21,8 +20,3 @@ class TextbookReduceOverhead(TextbookCompiled):
     @classmethod
     def unavailable(cls, device: torch.device = CPU) -> str | None:
         return None if device.type == "cuda" else "no GPU, whose graphs the mode is about"
-
-    def step(self, z: Tensor, features: Tensor, injected: Tensor) -> Tensor:
-        # A replay writes over what the one before returned.
-        torch.compiler.cudagraph_mark_step_begin()
-        return super().step(z, features, injected).clone()

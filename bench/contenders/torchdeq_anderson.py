@@ -28,7 +28,7 @@ class TorchDEQ(JointContender):
     @classmethod
     def unavailable(cls, device: torch.device = CPU) -> str | None:
         if importlib.util.find_spec("torchdeq") is None:
-            return "torchdeq is not installed (pip install 'deqfusion[bench]')"
+            return "torchdeq is not installed: pip install torchdeq==0.1.0"
         return None
 
     def set_tolerances(self, tol: float, adjoint_tol: float) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -19,7 +21,7 @@ from deqfusion.kernels.cost import DEVICES
 from deqfusion.module import DEQFusion, Features
 from deqfusion.tuning import search
 from deqfusion.tuning.example import Example
-from deqfusion.tuning.result import Trial, Tuned, entry_of, provenance, ratio
+from deqfusion.tuning.result import Gain, Trial, Tuned, entry_of, gain, provenance
 
 __all__ = ["autotune"]
 
@@ -45,12 +47,16 @@ def autotune(
     ended leave the work; threads are left alone. What counts is the time to a residual that was
     verified in float64, not the time of a step. An answer that misses the tolerance never wins.
 
-    Configurations are stored by device, shape and dtype, with rows in buckets of powers of two,
-    and the operators look them up, for rows fewer or more by a factor of 4 at most. Memory and
-    ladder are the solver's, hence yours: they are in `.solver` of the result, and the layer gets
-    that with `apply=True`. (Not by default: times decide, so that answers, within the tolerance,
-    would differ from run to run.) What is stored was timed with the solver that the layer has in
-    the end: its own, or the best one if that is applied.
+    Nothing replaces a default that is not faster beyond the noise of interleaved rounds.
+
+    What is found goes two ways. Configurations (on a CPU the share of rows below which those that
+    ended leave the work) are stored by device, shape, dtype, the solver's memory and on a CPU
+    torch's threads, with rows in buckets of powers of two, and the operators look them up, for
+    rows fewer or more by a factor of 4 at most: there is nothing to do for them. Memory and ladder
+    are the solver's, hence yours, and nobody looks them up: take `.solver` of the result, as in
+    `DEQFusion(dim, n, solver=found.solver)`, or `apply=True`. (Not by default: times decide, so
+    that answers, within the tolerance, would differ from run to run.) An adjoint's solver stays as
+    it is. Configurations are stored for the layer's own solver and for that one.
 
     Args:
         module: a layer on its device; its parameters and solver are what is timed.
@@ -101,13 +107,13 @@ def autotune(
             run.programs() if programs else run.host()
         except KeyboardInterrupt:
             interrupted = True
-    memory, ladder = run.best_solver()
+    best, solver_speedup = _best_solver(run)
     solves = example.solves if programs else ("host",)
-    trials, entries = _conclude(run, solves, (memory, ladder), apply, name)
-    solver = example.solver_of(memory, ladder)
+    trials, entries = _conclude(run, solves, best, apply, name)
+    solver = example.solver_of(*best)
     if apply:
         module.solver = solver
-    speedup, solver_speedup = _gains(run, solves, (memory, ladder))
+    speedup = _gain(run, solves)
     return Tuned(
         name, solver, tuple(entries), tuple(trials), _saved(entries, file),
         interrupted=interrupted, without_answer=example.without_answer,
@@ -173,40 +179,48 @@ def _stored(example: Example, programs: bool, name: str) -> dict[str, tuning.Cho
 
 
 def _conclude(
-    run: search.Search, solves: tuple[str, ...], solver: tuple[int, bool], applied: bool, name: str
+    run: search.Search, solves: tuple[str, ...], best: tuple[int, bool], applied: bool, name: str
 ) -> tuple[list[Trial], list[tuning.Entry]]:
     """All trials, the fastest of every solve first, and the entries of those solved.
 
-    solver: memory and ladder of the best.
+    best: memory and ladder of the best solver.
     """
     example, source = run.example, provenance(run.example.device)
-    trials, entries = [], []
+    solvers = [best, example.own] if applied else [example.own, best]
+    found: dict[tuning.Problem, tuning.Entry] = {}
+    # First for the solver that the layer has from now on; then for the other, with which other
+    # configurations may be faster, for when it has that.
+    for solver, solve in itertools.product(solvers, solves):
+        kept = run.kept(solve, *solver)
+        # An adjoint has a solver of its own.
+        problem = example.problem(solve, None if "adjoint" in solve else solver[0])
+        if kept and problem not in found:
+            default = next((t for t in run.of(solve) if t.default), None)
+            tolerance = example.tolerance_of(solve)
+            found[problem] = entry_of(problem, kept, default, tolerance, name, source)
+    trials = []
     for solve in solves:
-        counted, best = run.of(solve), run.by(solve, *solver)
-        # For the solver that the layer has from now on: with another one, others may be faster. If
-        # with its own nothing is right, it cannot keep that.
-        kept = best if applied else run.own(solve) or best
-        if kept:
-            default = next((t for t in counted if t.default), None)
-            problem, tolerance = example.problem(solve), example.tolerance_of(solve)
-            entries.append(entry_of(problem, kept, default, tolerance, name, source))
+        counted = run.of(solve)
         trials += counted
         trials += [t for t in run.trials if t.way.solve == solve and t not in counted]
-    return trials, entries
+    return trials, list(found.values())
 
 
-def _gains(
-    run: search.Search, solves: tuple[str, ...], solver: tuple[int, bool]
-) -> tuple[float | None, float | None]:
-    """How many times as fast the best configurations are with the layer's own solver, and that
-    with the best solver."""
-    configs, solvers = [], []
+def _best_solver(run: search.Search) -> tuple[tuple[int, bool], Gain | None]:
+    """Memory and ladder of the best solver, and what it gains: the layer's own, and None, if no
+    other is faster by more than the noise."""
+    own, best = run.example.own, run.best_solver()
+    faster = None if best == own else run.solver_gain(best)
+    return (own, None) if faster is not None and not faster.sure else (best, faster)
+
+
+def _gain(run: search.Search, solves: tuple[str, ...]) -> Gain | None:
+    """Of what is kept for the layer's own solver over the defaults; None if that is they."""
+    pairs = []
     for solve in solves:
-        own, best = run.own(solve), run.by(solve, *solver)
-        if own:
-            configs += [(t, own[0]) for t in own if t.default]
-            solvers += [(own[0], t) for t in best[:1] if "adjoint" not in solve]
-    return ratio(configs), ratio(solvers)
+        kept = run.kept(solve, *run.example.own)
+        pairs += [(t, kept[0]) for t in kept if t.default]
+    return gain(pairs) if any(before is not after for before, after in pairs) else None
 
 
 @contextmanager
@@ -216,11 +230,13 @@ def _bar(budget: float, shown: bool) -> Iterator[Any]:
 
     layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
     with tqdm(
-        total=budget, desc="autotune", disable=not shown, bar_format=layout, dynamic_ncols=True
-    ) as bar:
+        total=budget, desc="autotune", disable=not shown, bar_format=layout, dynamic_ncols=True,
+        # A log file needs fewer lines than a terminal.
+        mininterval=0.1 if sys.stderr.isatty() else 10, miniters=0,
+    ) as bar:  # fmt: skip
 
         def report(passed: float, text: str) -> None:
-            bar.n = min(passed, budget)
-            bar.set_postfix_str(text)
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(min(passed, budget) - bar.n)
 
         yield report

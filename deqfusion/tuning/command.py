@@ -12,10 +12,11 @@ from torch import Tensor
 from deqfusion import autotune
 from deqfusion.adjoint import Implicit
 from deqfusion.kernels.cost import DEVICES
+from deqfusion.kernels.tuning import FARTHEST
 from deqfusion.module import DEQFusion
 from deqfusion.solvers import Anderson
 from deqfusion.tasks.arguments import OneOf, RealNumber, WholeNumber, WholeNumbers
-from deqfusion.tuning.result import Tuned
+from deqfusion.tuning.result import Tuned, written
 
 __all__ = ["layer_from_file", "register_commands", "run"]
 
@@ -31,8 +32,10 @@ def register_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "autotune", help=description,
         description="Finds what solves a layer fastest on this device, at a residual verified in "
-        "float64, and keeps it where every later run looks it up. On a GPU tiles and schedules of "
-        "the Triton programs, on a CPU choices of its implementation.",
+        "float64. Tiles and schedules of the Triton programs, on a CPU when rows that ended leave "
+        "the work, are kept where every later run looks them up. Anderson's memory, on a CPU its "
+        "ladder too, are your solver's: the one to write is printed. A default gives way only to "
+        "what is faster beyond the noise.",
     )  # fmt: skip
 
     def add(name: str, kind: Any, default: Any, help_line: str, **more: Any) -> None:
@@ -54,6 +57,10 @@ def register_commands(subparsers: Any) -> None:
         metavar="|".join(PRECISIONS),
     )  # fmt: skip
     add("--tol", RealNumber(0.0, above=True), 1e-3, "relative residual to reach", metavar="TOL")
+    add(
+        "--memory", WholeNumber(0, 1 << 20), Anderson().memory, "of your Anderson: what is kept is "
+        "for that memory, and for the one found best", metavar="M",
+    )  # fmt: skip
     parser.add_argument(
         "--from-module", type=Path, metavar="FILE",
         help="take parameters and sizes from a safetensors file, or the folder of a run, with a "
@@ -135,15 +142,29 @@ def report(found: Tuned, layer: DEQFusion, rows: int) -> None:
         print(f"interrupted{kept}")
     if not found.entries and not found.predicted:
         print("nothing met the tolerance: nothing is kept")
-    if found.speedup is not None:
-        count = len(found.trials)
-        print(f"{found.speedup:.2f} times as fast as the default, of {count} ways tried")
+    if found.entries:
+        _report_kept(found)
     if found.solver != layer.solver:
-        gain = found.solver_speedup
-        more = "" if gain is None else f", {gain:.2f} times as fast again"
-        print(f"to use it: DEQFusion(solver={found.solver}){more}")
+        new, old = written(found.solver), written(layer.solver)
+        much = "predicted to be faster" if found.solver_speedup is None else found.solver_speedup
+        print(f"solver: {new} instead of {old}: {much}; nobody looks it up, so write")
+        print(f"  DEQFusion({layer.dim}, {layer.num_modalities}, solver={new})")
+    elif found.entries or found.predicted:
+        print(f"solver: {written(layer.solver)} is kept: no other is faster beyond the noise")
+
+
+def _report_kept(found: Tuned) -> None:
+    """Says what solves do from now on, and which."""
+    if found.speedup is None:
+        print("default kept: nothing else is faster beyond the noise")
+    else:
+        print(f"kept (*): {found.speedup} as the default, of {len(found.trials)} ways tried")
     if found.file is not None:
-        print(found.file)
+        problem = found.entries[0].problem
+        low, high = max(problem.rows // FARTHEST, 1), problem.rows * FARTHEST
+        threads = f", {problem.threads} thread(s)" if problem.threads else ""
+        print(f"looked up by every solve of this width, {low} to {high} rows{threads}:")
+        print(f"  {found.file}")
 
 
 def _device(name: str | None, target: str | None) -> torch.device:
@@ -164,7 +185,7 @@ def _device(name: str | None, target: str | None) -> torch.device:
 
 def _layer(options: argparse.Namespace) -> DEQFusion:
     """A layer of random parameters, or that of a file."""
-    solver = Anderson(tol=options.tol)
+    solver = Anderson(tol=options.tol, memory=options.memory)
     kwargs: dict[str, Any] = {
         "num_groups": options.groups, "solver": solver, "adjoint": Implicit(solver),
     }  # fmt: skip
@@ -176,9 +197,14 @@ def _layer(options: argparse.Namespace) -> DEQFusion:
             )
         layer = layer_from_file(options.from_module, **kwargs)
     else:
+        dim = sizes[0] or DIM
+        if dim % options.groups:
+            raise ValueError(
+                f"--dim: got {dim}, expected a multiple of --groups, which is {options.groups}"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            layer = DEQFusion(sizes[0] or DIM, sizes[1] or MODALITIES, **kwargs)
+            layer = DEQFusion(dim, sizes[1] or MODALITIES, **kwargs)
     return layer.to(getattr(torch, options.dtype))
 
 

@@ -270,15 +270,18 @@ class Example:
         o = SolverOptions.decode(self.adjoint.encoded)
         return o.memory, o.ladder
 
-    def problem(self, solve: str) -> Problem:
-        """What an entry of a solve is for."""
+    def problem(self, solve: str, memory: int | None = None) -> Problem:
+        """What an entry of a solve is for, with the layer's own memory or another."""
+        memory = self.own_of(solve)[0] if memory is None else memory
         if solve == "host":
-            precision = str(self.x.dtype).removeprefix("torch.")
+            precision, threads = str(self.x.dtype).removeprefix("torch."), torch.get_num_threads()
         else:
-            precision = self.options(solve).products
+            options, threads = self.options(solve), 0
+            precision = options.products
+            memory = replace(options, memory=min(memory, 8)).slots
         dim, groups = self.layout.dim, self.layout.groups
         rows = tuning.bucket(self.rows)
-        return Problem(solve, dim, groups, self.modalities, precision, rows)
+        return Problem(solve, dim, groups, self.modalities, precision, memory, threads, rows)
 
     def options(self, solve: str) -> Any:
         """A solve's `kernels.config.SolveOptions`; raises ValueError for what programs lack."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import statistics
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from deqfusion import kernels
@@ -15,7 +17,10 @@ from deqfusion.kernels.tuning import Entry, Host, Problem, Timed
 from deqfusion.solvers import Solver
 from deqfusion.tuning.example import Way
 
-__all__ = ["Trial", "Tuned", "entry_of", "provenance", "ratio"]
+__all__ = ["Gain", "Trial", "Tuned", "entry_of", "gain", "provenance", "settled", "written"]
+
+FEWEST = 5
+"""Rounds from which on percentiles of their ratios say something: of fewer the extremes count."""
 
 
 @dataclass
@@ -29,6 +34,7 @@ class Trial:
         fault: why its time does not count, or None.
         seconds, warm: median times of a solve, with a cold and a warm L2 cache; None: not timed.
             Of a prediction, `seconds` is predicted.
+        samples: of which `seconds` is the median, in the order of the rounds.
         final: whether those are of the finals, which alone compare with one another.
     """
 
@@ -39,6 +45,7 @@ class Trial:
     seconds: float | None = None
     warm: float | None = None
     final: bool = False
+    samples: tuple[float, ...] = ()
 
     @property
     def counts(self) -> bool:
@@ -50,8 +57,81 @@ class Trial:
         if self.seconds is None:
             raise ValueError("got a trial without a time, expected one that counts")
         warm = self.seconds if self.warm is None else self.warm
-        way = self.way
-        return Timed(way.config, way.memory, way.ladder, self.seconds, warm)
+        way, spread = self.way, np.percentile(self.samples or [self.seconds], (20, 80))
+        return Timed(way.config, way.memory, way.ladder, self.seconds, *map(float, spread), warm)
+
+    def numbers(self, scale: float, default: Trial | None, warm: bool) -> tuple[str, ...]:
+        """Its cells in `Tuned.table`: residual, times by a scale, and what it gains."""
+        spread = compared = ""
+        if self.counts and self.samples:
+            timed = self.timed()
+            spread = f"{scale * timed.p20:.1f}..{scale * timed.p80:.1f}"
+        if self.counts and default is not None and not self.default:
+            faster = gain([(default, self)])
+            if faster is not None:
+                compared = f"{faster.median:.2f} ({faster.low:.2f}..{faster.high:.2f})"
+        return (
+            "" if self.residual is None else f"{self.residual:.1e}",
+            "" if self.seconds is None else f"{scale * self.seconds:.1f}",
+            spread,
+            f"{scale * self.warm:.1f}" if warm and self.warm is not None else "",
+            "default" if self.default else compared,
+        )
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times as fast one way is as another.
+
+    Attributes:
+        median: of the rounds' ratios of times.
+        low, high: their 20th and 80th percentile; of fewer than `FEWEST` rounds, or times that were
+            not taken in turn, what the extremes of both allow.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether it is beyond the noise."""
+        return self.low > 1
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} times as fast ({self.low:.2f} to {self.high:.2f})"
+
+
+def gain(pairs: Sequence[tuple[Trial, Trial]]) -> Gain | None:
+    """That of the second of all pairs together over the first; None of no pairs."""
+    if not pairs:
+        return None
+    rounds = min(len(t.samples) for pair in pairs for t in pair)
+    if rounds >= FEWEST and all(t.final for pair in pairs for t in pair):
+        before, after = (np.sum([pair[i].samples[:rounds] for pair in pairs], 0) for i in (0, 1))
+        low, median, high = np.percentile(before / np.maximum(after, 1e-12), (20, 50, 80))
+        return Gain(float(median), float(low), float(high))
+
+    def total(which: int, of: Callable[[Sequence[float]], float]) -> float:
+        return max(
+            sum(of(pair[which].samples or [pair[which].seconds or 0.0]) for pair in pairs), 1e-12
+        )
+
+    return Gain(
+        total(0, statistics.median) / total(1, statistics.median),
+        total(0, min) / total(1, max), total(0, max) / total(1, min),
+    )  # fmt: skip
+
+
+def settled(found: Sequence[Trial], default: Trial | None) -> list[Trial]:
+    """Trials that count, what is to be kept first: the first of `found` only if that is faster than
+    the default by more than the noise, else the default."""
+    if not found or default is None or not default.counts or found[0] is default:
+        return list(found)
+    faster = gain([(default, found[0])])
+    if faster is not None and faster.sure:
+        return list(found)
+    return [default, *(t for t in found if t is not default)]
 
 
 @dataclass(frozen=True)
@@ -60,17 +140,19 @@ class Tuned:
 
     Attributes:
         device: what it is for.
-        solver: the layer's solver with the best memory (and on a CPU ladder). The layer has it
-            only if `apply` asked for that.
-        entries: the best configurations, one per solve (on a CPU one for all), with the solver
-            that the layer has now: its own, or the best one if `apply` asked for that (or if with
-            its own nothing met the tolerance). Empty if nothing did, or if it is only predicted.
+        solver: the layer's solver with the best memory (and on a CPU ladder), to be passed on as
+            `DEQFusion(..., solver=found.solver)`; its own where no other is faster by more than the
+            noise. The layer has it only if `apply` asked for that.
+        entries: the best configurations, one per solve (on a CPU one for all): those with the
+            solver that the layer has now, then those with the other of its own and `solver`, where
+            they have different memories. Empty if nothing met the tolerance, or if it is only
+            predicted.
         trials: every way that was tried, the best first by solve.
         file: where the entries are stored, or None.
-        speedup: time of the defaults over that of the best configurations with the layer's own
-            solver, of all solves that have both; None: none has.
-        solver_speedup: time of the best configurations with the layer's own solver over that with
-            `solver`, of the forward solves.
+        speedup: of the configurations kept for the layer's own solver over the defaults, of all
+            solves that have both; None: the defaults are kept, or none met the tolerance.
+        solver_speedup: of `solver` over the layer's own, each with what is kept for it, in the
+            forward solves; None: the layer's own is kept, or did not meet the tolerance.
         predicted: whether times are the cost model's, and nothing was measured.
         interrupted: whether the search was cut short by the user.
         without_answer: rows of some block that the layer as it is does not solve: left out.
@@ -84,34 +166,51 @@ class Tuned:
     predicted: bool = False
     interrupted: bool = False
     without_answer: int = 0
-    speedup: float | None = None
-    solver_speedup: float | None = None
+    speedup: Gain | None = None
+    solver_speedup: Gain | None = None
 
     def table(self, most: int = 8) -> str:
-        """The trials as text, `most` of each solve; * marks the best."""
-        best = {(e.problem.solve, e.best) for e in self.entries}
+        """The trials as text, `most` of each solve; * marks what is kept, and "default/this" is how
+        many times as fast a way is as the default, with the spread."""
+        kept = {(e.problem.solve, e.best) for e in self.entries}
         times = [t.seconds for t in self.trials if t.seconds is not None]
         unit, scale = ("ms", 1e3) if times and min(times) > 1e-3 else ("us", 1e6)
-        heads = f"predicted {unit}" if self.predicted else f"cold {unit}"
-        lines = [f"  {'solve':<17}{'choice':<44}{'residual':>9}{heads:>13}{f'warm {unit}':>10}"]
+        on_gpu = not all(isinstance(t.way.config, Host) for t in self.trials)
+        time = "predicted " if self.predicted else "cold " if on_gpu else ""
+        times_of = f"{time}{unit}", "20..80%", f"warm {unit}"
+        lines: list[tuple[str, ...]]
+        lines = [("", "solve", "choice", "residual", *times_of, "default/this", "")]
+        defaults = {t.way.solve: t for t in self.trials if t.default and t.counts}
         shown: dict[str, int] = {}
         for trial in self.trials:
             solve = trial.way.solve
             shown[solve] = shown.get(solve, 0) + 1
-            won = trial.counts and (solve, trial.timed()) in best
-            if shown[solve] > most and not (trial.default or won):
-                continue
-            residual = "" if trial.residual is None else f"{trial.residual:.1e}"
-            columns = "".join(
-                f"{'' if t is None else f'{scale * t:.1f}':>{width}}"
-                for t, width in ((trial.seconds, 13), (trial.warm, 10))
-            )
-            note = ("  default" if trial.default else "") + (
-                f"  {trial.fault}" if trial.fault else ""
-            )
-            mark = "*" if won else " "
-            lines.append(f"{mark} {solve:<17}{words(trial.way):<44}{residual:>9}{columns}{note}")
-        return "\n".join(lines)
+            won = trial.counts and (solve, trial.timed()) in kept
+            if shown[solve] <= most or trial.default or won:
+                numbers = trial.numbers(scale, defaults.get(solve), on_gpu)
+                lines.append(
+                    ("*" if won else "", solve, words(trial.way), *numbers, trial.fault or "")
+                )
+        return aligned(lines, left=(0, 1, 2, 8))
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """Lines of cells in columns, the first with their heads; without columns that are empty, and
+    right-aligned but for those of `left`."""
+    kept = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:]) or not i]
+    widths = {i: max(len(line[i]) for line in lines) for i in kept}
+    rows = (
+        "  ".join(line[i].ljust(widths[i]) if i in left else line[i].rjust(widths[i]) for i in kept)
+        for line in lines
+    )
+    return "\n".join(row.rstrip() for row in rows)
+
+
+def written(solver: Solver) -> str:
+    """A solver as one would write it: without what is the default."""
+    values = [(f, getattr(solver, f.name)) for f in fields(solver) if f.init]
+    given = ", ".join(f"{f.name}={value!r}" for f, value in values if value != f.default)
+    return f"{type(solver).__name__}({given})"
 
 
 def words(way: Way) -> str:
@@ -149,16 +248,10 @@ def entry_of(
     problem: Problem, trials: Sequence[Trial], default: Trial | None, tolerance: float,
     device: str, source: dict[str, str],
 ) -> Entry:  # fmt: skip
-    """The entry of a solve, from trials that count, the fastest first, and the default's."""
+    """The entry of a solve, from trials of `settled`, and the default's."""
     best, *others = trials
     return Entry(
         problem, best.timed(), others[0].timed() if others else None,
         None if default is None else default.timed(),
         0.0 if best.residual is None else best.residual, tolerance, device, **source,
     )  # fmt: skip
-
-
-def ratio(pairs: Sequence[tuple[Trial, Trial]]) -> float | None:
-    """Time of the first of all pairs over that of the second; None of no pairs."""
-    before, after = (sum(pair[i].seconds or 0.0 for pair in pairs) for i in (0, 1))
-    return before / max(after, 1e-12) if pairs else None

@@ -5,7 +5,9 @@ will run. First every way is screened with a few samples, the most promising fir
 spill registers are out before they are timed, whatever raises is out with what it says. Then the
 fastest, those with the layer's own solver and the default are timed in rounds that interleave them
 and rotate, so that a busy moment slows all alike; medians decide, and only among these: times taken
-in another moment do not compare.
+in another moment do not compare. Who is first there still is not kept in place of the default if it
+is within the noise: the 20th percentile of the rounds' ratios must be above 1
+(`deqfusion.tuning.result.settled`).
 
 On a GPU a sample is the time of a call up to the end of the device's work, once after a buffer
 larger than the L2 cache was written (cold, which decides: a layer seldom runs alone) and once right
@@ -29,7 +31,7 @@ from deqfusion.reference.solve import LADDER_WIDTH, bfloat16_instructions
 from deqfusion.solvers import Anderson
 from deqfusion.tuning.example import Example, Way
 from deqfusion.tuning.predict import MEMORIES, on_device, ranked
-from deqfusion.tuning.result import Trial, words
+from deqfusion.tuning.result import Gain, Trial, gain, settled, words
 
 __all__ = ["Search", "clock"]
 
@@ -98,6 +100,14 @@ class Search:
     def own(self, solve: str) -> list[Trial]:
         """Those of `of` with the layer's solver as it is."""
         return self.by(solve, *self.example.own)
+
+    def kept(self, solve: str, memory: int, ladder: bool) -> list[Trial]:
+        """Those of `by`, what is to be kept first: not another than the default for noise."""
+        default = next(
+            (t.way.config for t in self.trials if t.default and t.way.solve == solve), None
+        )
+        found = self.by(solve, memory, ladder)
+        return settled(found, next((t for t in found if t.way.config == default), None))
 
     # --- one way ---------------------------------------------------------------------------------
 
@@ -190,7 +200,8 @@ class Search:
         finally:
             # Whatever ended them: as many samples of each, and never one in place of a median.
             for trial in trials if whole >= SAMPLES else ():
-                trial.seconds = statistics.median(cold[id(trial)][:whole])
+                trial.samples = tuple(cold[id(trial)][:whole])
+                trial.seconds = statistics.median(trial.samples)
                 trial.warm = statistics.median((warm[id(trial)] or cold[id(trial)])[:whole])
                 trial.final = until is not None
 
@@ -227,6 +238,13 @@ class Search:
             best = self.of("host")[0].way
             return best.memory, best.ladder
         return self._best_memory(), self.example.own[1]
+
+    def solver_gain(self, solver: tuple[int, bool]) -> Gain | None:
+        """Of a memory and ladder over the layer's own, in the forward solves; None: one of them
+        solves nothing."""
+        solves = [s for s in dict.fromkeys(t.way.solve for t in self.trials) if "adjoint" not in s]
+        found = [(self.kept(s, *self.example.own), self.kept(s, *solver)) for s in solves]
+        return gain([(a[0], b[0]) for a, b in found]) if all(a and b for a, b in found) else None
 
     # --- on a CPU, by the reference --------------------------------------------------------------
 

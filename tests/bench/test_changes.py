@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from deqfusion.bench import changes, results
+from deqfusion.bench import changes, results, timing
 from deqfusion.cli import main
-from tests.bench.test_results import RESULT
+from tests.bench.test_results import ENTRY, RESULT
 
 
 def result(*samples: float, **entry: object) -> dict:
@@ -40,8 +40,8 @@ def test_verdicts(new, said):
 
 def test_a_change_is_named_with_both_times():
     text = changes.text(OLD, result(2.2, 2.2, 2.2))
-    assert "slower: B=8 d=16 N=2, 1 thread, forward: ours: 1100 ms then, 2200 ms now" in text
-    assert "(2.00 times)" in text
+    assert "slower: B=8 d=16 N=2, 1 thread, forward: ours: 2.00 times (1.83 to 2.20); " in text
+    assert "1100 ms then, 2200 ms now" in text
 
 
 def test_a_small_change_is_none_however_sure():
@@ -55,6 +55,44 @@ def test_what_fails_now_is_slower_and_what_is_new_is_not_measured():
     assert "slower: " in changes.text(OLD, failed)
     assert "failed now (missed)" in changes.text(OLD, failed)
     assert "1 not measured in the old file" in changes.text(failed, OLD)
+
+
+def pair(ours: float, machine: float = 1.0, noise: float = 0.0) -> dict:
+    """A run in which every round had its own moment, for the textbook and for ours alike."""
+    found = copy.deepcopy(RESULT)
+    entries = found["cases"][0]["contenders"]
+    for name, time in (("textbook", 2.0), ("ours", ours)):
+        samples = [
+            machine * moment * time * (1 + (name == "ours") * noise * sign)
+            for moment, sign in ((1.0, 1), (3.0, -1), (1.5, 1), (2.0, -1), (4.0, 0))
+        ]
+        entries[name] = {**ENTRY, "seconds": {**timing.summary(samples), "samples": samples}}
+    return found
+
+
+def test_a_machine_that_moved_is_no_change():
+    """All took twice as long, in the same rounds; times alone would say so of each."""
+    text = changes.text(pair(1.0), pair(1.0, machine=2.0))
+    assert "0 slower, 0 faster, 1 within noise (bounds 1.00 to 1.00 times)" in text
+    assert "held against textbook, in the same rounds, which takes 2.00 times what it took" in text
+    assert "alone" not in text
+
+
+def test_a_change_is_seen_through_a_machine_that_moved():
+    text = changes.text(pair(1.0), pair(1.5, machine=0.5))
+    assert "1 slower, 0 faster, 0 within noise" in text
+    assert "ours: 1.50 times against textbook (1.50 to 1.50); 2000 ms then, 1500 ms now" in text
+    assert "0 slower, 1 faster" in changes.text(pair(1.0), pair(0.5, machine=4.0))
+
+
+def test_the_bounds_are_of_both_spreads():
+    text = changes.text(pair(1.0, noise=0.2), pair(1.2, noise=0.2))
+    assert "0 slower, 0 faster, 1 within noise (bounds 0.80 to 1.80 times)" in text
+
+
+def test_without_an_anchor_times_are_compared_and_that_is_said():
+    text = changes.text(OLD, result(1.3, 1.4, 1.5))
+    assert "1 by their times alone, with none of textbook, " in text
 
 
 def test_another_problem_is_not_compared():

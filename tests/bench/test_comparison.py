@@ -21,7 +21,8 @@ def result(threads: int = 1) -> dict:
     contenders["textbook_compiled"] = {"status": "failed", "reason": "missed"}
     case = {"shape": [8, 16, 2], "threads": threads, "contenders": contenders}
     return {
-        "format": 1,
+        "format": 2,
+        "device": "cpu",
         "suite": {},
         "reference": "ours",
         "environment": {"cpu": "some CPU", "versions": {"torch": "2.13"}},
@@ -65,7 +66,7 @@ def test_command(tmp_path, capsys):
     assert "| 8, 16, 2 | 10 ms | 2.0 | failed | 3.0 |" in text
     file.write_text(json.dumps({**result(), "format": 7}))
     assert comparison.main([str(file)]) == 2
-    assert "got format 7, expected one of 1, 2" in capsys.readouterr().err
+    assert "got format 7, expected 2" in capsys.readouterr().err
     file.write_text(json.dumps(result()))
     readme.write_text("no markers")
     assert comparison.main([str(file), "--write", str(readme)]) == 2

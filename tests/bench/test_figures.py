@@ -53,7 +53,7 @@ def test_fits_of_cases():
     (found,) = fits.of_cases(cases[:2])
     assert found["fit"] is None
     result = {"fits": [found], "cases": [], "suite": {"target": 1, "loss": "", "rounds": 1}}
-    result |= {"environment": {"cpu": "c", "cores": 1}, "reference": "ours"}
+    result |= {"environment": {"cpu": "c", "cores": 1}, "reference": "ours", "device": "cpu"}
     assert "not measured" in report.table(result)
 
 
@@ -156,7 +156,10 @@ def test_programs_climb_the_ladder_on_any_device(monkeypatch):
     kinds, problem = contenders.contenders(), Problem(Shape(2, 256, 1))
     assert kinds["ours"](problem).rate == kinds["ours_row"](problem).rate == "bf16"
     # The joint solve has no programs.
-    assert kinds["ours_joint"](problem).rate == "fp32"
+    joint = kinds["ours_joint"](problem)
+    assert joint.rate == joint.rate_of("forward") == "fp32"
+    # Its adjoint climbs the ladder, its forward does not: neither rate is that of both.
+    assert joint.rate_of("forward_backward") is None
 
 
 def ran(name, problem):

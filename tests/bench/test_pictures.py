@@ -41,7 +41,7 @@ def full():
         cases.append({"shape": [16, 64, 2], "label": "", "factors": ["steps"], "target": target,
                       "threads": 1, "mode": "forward", "contenders": found})  # fmt: skip
     peaks = {"1": {"copy": 1e10, "fp32": 1e11, "bf16": 2e11}}
-    return {**RESULT, "format": 2, "device": "cpu", "peaks": peaks, "cases": cases, "fits": []}
+    return {**RESULT, "peaks": peaks, "cases": cases, "fits": []}
 
 
 def test_every_picture():
@@ -49,6 +49,28 @@ def test_every_picture():
     found = pictures.figures(full())
     assert set(found) == set(pictures.CAPTIONS) == set(page.TITLES)
     assert dict(mpl.rcParams) == before
+
+
+def test_ceilings_of_the_roofline_are_named_in_the_legend():
+    """Where rates are close their names would meet beside the lines."""
+    result = full()
+    result["peaks"]["2"] = {"copy": 1.1e10, "fp32": 1.1e11, "bf16": 2.1e11}
+    figure = pictures.roofline(result)
+    assert not figure.axes[0].texts
+    (legend,) = figure.legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert "fp32 peak, 1t: 100 GFLOP/s" in named
+    assert "bf16 peak, 2t: 210 GFLOP/s" in named
+    styles = {
+        (line.get_color(), line.get_linestyle())
+        for line in figure.axes[0].lines
+        if "peak" in str(line.get_label())
+    }
+    assert len(styles) == 4
+    # All of it is on the picture.
+    figure.canvas.draw()
+    assert figure.bbox.containsx(legend.get_window_extent().x0)
+    assert figure.bbox.containsx(legend.get_window_extent().x1)
 
 
 def test_speedup_bars_have_the_ratio_the_spread_and_the_failure():
@@ -77,7 +99,8 @@ def test_time_to_a_residual_includes_the_suite_s_own_target():
 
 def test_roofline_shows_what_was_measured():
     axes = pictures.roofline(full()).axes[0]
-    assert {text.get_text() for text in axes.texts} == {"fp32, 1t", "bf16, 1t"}
+    points = [line for line in axes.lines if line.get_label() in ("textbook", "ours")]
+    assert [len(line.get_xdata()) for line in points] == [6, 6]
     without = full()
     del without["peaks"]
     assert pictures.roofline(without) is None

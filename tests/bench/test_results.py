@@ -1,4 +1,4 @@
-"""Result files: written whole, of every format read, and refused in one line if they are none."""
+"""Result files: written whole, and refused in one line if they are none."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,11 @@ ENTRY = {
     "seconds": {"p20": 1.0, "median": 2.0, "p80": 3.0, "samples": [1.0, 2.0, 3.0]},
     "ratio": None,
 }
-CASE = {"shape": [8, 16, 2], "threads": 1, "mode": "forward", "contenders": {"ours": ENTRY}}
+CASE = {"shape": [8, 16, 2], "threads": 1, "mode": "forward", "target": 1e-3,
+        "contenders": {"ours": ENTRY}}  # fmt: skip
 RESULT = {
-    "format": 1,
+    "format": 2,
+    "device": "cpu",
     "suite": {"name": "s", "target": 1e-3, "loss": "sum", "rounds": 3, "seed": 0},
     "environment": {"cpu": "c", "cores": 2, "gpu": None, "date": "d", "versions": {"torch": "2"}},
     "reference": "ours",
@@ -49,11 +51,13 @@ def changed(**fields):
 
 BAD = {
     "": "got no JSON",
-    '{"format": 1': "got no JSON",
+    '{"format": 2': "got no JSON",
     "[]": "got no format",
     "{}": "got no format, expected a result of deqfusion bench",
-    changed(format=3): "got format 3, expected one of 1, 2 (not of deqfusion bench",
-    changed(format="1"): "got format '1'",
+    changed(format=3): "got format 3, expected 2 (not of deqfusion bench, or of another version)",
+    changed(format=1): "got format 1, expected 2",
+    changed(format="2"): "got format '2'",
+    changed(device=None): "got device 'None', expected a str",
     changed(cases=None): "got cases 'None', expected a list",
     changed(environment=[]): "got environment '[]', expected a dict",
     changed(cases=[7]): "cases[0]: got int, expected an object",
@@ -80,6 +84,16 @@ def test_foreign_files_are_refused_and_kept(text, said, command, tmp_path, capsy
     assert captured.out == ""
     assert path.read_text() == text
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", [["plot"], ["bench", "--compare"]], ids=" ".join)
+def test_a_file_that_is_not_there(command, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert main([*command, str(path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        f"deqfusion: error: {path}: cannot be read (No such file or directory), expected a JSON "
+        "file of deqfusion bench\n"
+    )
 
 
 def test_bytes_that_are_no_text(tmp_path):

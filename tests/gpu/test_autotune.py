@@ -50,7 +50,9 @@ def test_tuned_and_looked_up(monkeypatch, caplog):
     expected = model(features).detach()
     assert caplog.text.count("nothing tuned") == 1
     found = autotune(model, features, budget=40, apply=True, progress=False)
-    assert [e.problem.solve for e in found.entries] == list(tuning.SOLVES)
+    now = [e for e in found.entries if e.problem.memory == model.solver.memory]
+    now += [e for e in found.entries if "adjoint" in e.problem.solve and e not in now]
+    assert [e.problem.solve for e in now] == list(tuning.SOLVES)
     name = torch.cuda.get_device_name()
     for entry in found.entries:
         assert entry.device == name
@@ -59,14 +61,13 @@ def test_tuned_and_looked_up(monkeypatch, caplog):
         assert entry.best.warm > 0
         if "adjoint" not in entry.problem.solve:
             assert 0 < entry.residual <= 1e-3
-    assert found.speedup >= 1
-    assert found.solver_speedup > 0
+    assert found.speedup is None or found.speedup.sure
     assert model.solver.memory == found.entries[0].best.memory
     with caplog.at_level(logging.WARNING):
         caplog.clear()
         ran = configs(model, features, monkeypatch)
         assert not caplog.records
-    assert ran == {e.problem.solve: e.best.config for e in found.entries}
+    assert ran == {e.problem.solve: e.best.config for e in now}
     torch.testing.assert_close(model(features), expected, rtol=1e-2, atol=1e-2)
 
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deqfusion.kernels import interpreted, launch, solves, tuning
 from deqfusion.kernels.config import Config, SolveOptions
@@ -24,8 +25,8 @@ needs_interpreter = pytest.mark.skipif(not interpreted(), reason="of CPU tensors
 
 def entry(config=COOPERATIVE, device=DEVICE, **changes):
     kind = {"solve": "modality", "dim": 500, "groups": 4, "modalities": 3,
-            "precision": "tf32x3+low", "rows": 512}  # fmt: skip
-    best = Timed(config, 5, True, 1e-4, 8e-5)
+            "precision": "tf32x3+low", "memory": 5, "threads": 0, "rows": 512}  # fmt: skip
+    best = Timed(config, 5, True, 1e-4, 9e-5, 2e-4, 8e-5)
     return Entry(
         Problem(**{**kind, **changes}), best, None, best, 9e-4, 1e-3, device, "570.1", "2.13.0",
         "3.7.1", "2026-01-01T00:00:00+00:00",
@@ -73,6 +74,7 @@ def test_results_are_seen_at_once_by_the_process_that_saved_them(store):
     assert looked_up(device="another") is None
     for name, other in (
         ("solve", "fusion"), ("dim", 512), ("groups", 2), ("modalities", 2), ("precision", "tf32"),
+        ("memory", 4), ("threads", 1),
     ):  # fmt: skip
         assert looked_up(**{name: other}) is None
 
@@ -109,7 +111,7 @@ def test_the_users_entries_win_over_those_shipped(store):
 
 
 def changed(**changes):
-    value = {"format": "deqfusion-tuned", "version": 1,
+    value = {"format": "deqfusion-tuned", "version": 2,
              "entries": [dataclasses.asdict(entry())]}  # fmt: skip
     for path, new in changes.items():
         *names, last = path.split("__")
@@ -127,7 +129,8 @@ BROKEN = {
     "nested": ("[" * 100_000, "is not JSON"),
     "list": ("[]", "expected a JSON object"),
     "foreign": ('{"configs": {}}', "expected a JSON object"),
-    "newer": (changed(version=2), "got version 2, expected 1"),
+    "newer": (changed(version=3), "got version 3, expected 2"),
+    "older": (changed(version=1), "got version 1, expected 2"),
     "unknown": (changed(problem__colour="red"), "problem: got solve"),
     "missing": (changed(best__config={}), "best.config: got"),
     "flag": (changed(best__memory=True), "best.memory: got True"),
@@ -409,11 +412,34 @@ def test_a_default_on_a_gpu_is_said_once(monkeypatch, caplog):
         new(64, device)
     (record,) = caplog.records
     assert record.name == "deqfusion.kernels.launch"
-    assert "nothing tuned for the modality of 512 rows of 500" in record.getMessage()
+    said = "nothing tuned for the modality of 512 rows of 500 with memory 5, so"
+    assert said in record.getMessage()
     assert DEVICE in record.getMessage()
     assert "deqfusion autotune" in record.getMessage()
     tuning.save([entry()], tuning.user_file(DEVICE))
     assert new(600, device).config == COOPERATIVE
+
+
+def test_the_first_look_up_touches_no_tensor(store, caplog):
+    """Under a graph's capture it is as good as anywhere: it reads a file, and that is all."""
+    tuning.save([entry()], store)
+    tuning.SHIPPED.mkdir()
+    (tuning.SHIPPED / store.name).write_text("damaged")
+    ran = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Recording():
+        assert looked_up() == COOPERATIVE
+        assert not ran
+        torch.zeros(1)
+    assert len(ran) == 1
+    assert "is not JSON" in caplog.text
+    # Nor can it call a device: it knows nothing of torch.
+    assert not [name for name, value in vars(tuning).items() if value is torch or name == "triton"]
 
 
 def test_looking_up_reads_no_file_twice(store, monkeypatch):

@@ -23,9 +23,18 @@ def test_the_command(store, tmp_path, capsys):
     (file,) = (tmp_path / "out").glob("*.json")
     printed = capsys.readouterr().out
     assert str(file) in printed
-    assert "times as fast as the default" in printed
-    assert [e.problem.rows for e in tuning.read(file)] == [8, 32]
+    assert "default kept: " in printed or "kept (*): " in printed
+    assert "2 to 32 rows" in printed
+    assert 5 in {e.problem.memory for e in tuning.read(file)}
+    assert sorted({e.problem.rows for e in tuning.read(file)}) == [8, 32]
     assert not list(store.glob("*.json"))
+
+
+def test_the_memory_that_is_asked_for(tmp_path):
+    arguments = "autotune --dim 16 --groups 2 --batch 8 --budget 1e-3 --quiet --memory 3"
+    assert cli.main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*.json")
+    assert [e.problem.memory for e in tuning.read(file)] == [3]
 
 
 @pytest.mark.parametrize("prefix", ["", "fusion.", "model/fusion."])
@@ -113,7 +122,8 @@ def test_files_without_a_layer_are_refused_in_one_line(kind, message, tmp_path, 
     ("arguments", "message"),
     [
         ("--target h300", "target: got 'h300', expected one of 'h200', 'h100', 'a100', 'mi300x'"),
-        ("--dim 30", "num_groups: got 4, expected a divisor of dim = 30"),
+        ("--dim 30", "--dim: got 30, expected a multiple of --groups, which is 4"),
+        ("--groups 7", "--dim: got 512, expected a multiple of --groups, which is 7"),
         ("--from-module a --dim 8", "--from-module: got --dim or --modalities as well, expected"),
         ("--device tpu", "--device: got 'tpu', expected cpu, cuda or cuda:1"),
         ("--device meta", "--device: got 'meta', expected cpu or one of"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 
-from deqfusion import Anderson, DEQFusion, cli
+from deqfusion import Anderson, DEQFusion, cli, ops
 from deqfusion.kernels import tuning
 from deqfusion.kernels.config import Config
 from deqfusion.kernels.tuning import Host
@@ -310,16 +310,54 @@ def test_what_is_kept_was_timed_with_the_solver_that_the_layer_has(apply, monkey
     timed(monkeypatch, seconds)
     model = layer()
     found = tune(model, features(model), backward=False, apply=apply)
-    (entry,) = found.entries
-    best = (7, Host(0.5), 0.5) if apply else (5, Host(0.9), 1.5)
-    assert (entry.best.memory, entry.best.config, entry.best.seconds) == best
-    assert entry.runner_up.memory == entry.best.memory
-    assert (entry.default.memory, entry.default.config) == (5, Host(0.75))
+    both = [(7, Host(0.5), 0.5), (5, Host(0.9), 1.5)]
+    assert [(e.best.memory, e.best.config, e.best.seconds) for e in found.entries] == (
+        both if apply else both[::-1]
+    )
+    for entry in found.entries:
+        assert entry.problem.memory == entry.best.memory == entry.runner_up.memory
+        assert (entry.default.memory, entry.default.config) == (5, Host(0.75))
     assert found.solver.memory == 7
     assert model.solver.memory == (7 if apply else 5)
     # What the configuration gains, and what the solver.
-    assert found.speedup == pytest.approx(2 / 1.5)
-    assert found.solver_speedup == pytest.approx(1.5 / 0.5)
+    assert found.speedup.median == pytest.approx(2 / 1.5)
+    assert found.solver_speedup.median == pytest.approx(1.5 / 0.5)
+    # Whoever has that solver gets what was found for it.
+    assert {tuning.lookup(found.device, *astuple(e.problem)) for e in found.entries} == {
+        Host(0.5), Host(0.9),
+    }  # fmt: skip
+
+
+def test_threads_and_memory_are_part_of_what_was_tuned(monkeypatch):
+    """What was found with one of either says nothing about another."""
+    timed(monkeypatch, lambda way: 1.0 if way.config == Host(0.9) else 2.0)
+    model = layer()
+    x = features(model)
+    found = tune(model, x, backward=False)
+    assert {e.best.config for e in found.entries} == {Host(0.9)}
+    below = []
+    inner = ops.solve.settings_of
+
+    def recording(o, *rest):
+        below.append(o.compact_below)
+        return inner(o, *rest)
+
+    monkeypatch.setattr(ops.solve, "settings_of", recording)
+
+    def used(solver=None, threads=None):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        below.clear()
+        try:
+            model.solver = solver or Anderson()
+            model(x)
+        finally:
+            torch.set_num_threads(before)
+        return set(below)
+
+    assert used() == {0.9}
+    assert used(threads=torch.get_num_threads() + 1) == {0.75}
+    assert used(Anderson(memory=4)) == {0.75}
 
 
 def test_where_the_own_solver_solves_nothing_the_best_one_is_kept(monkeypatch):
@@ -398,5 +436,5 @@ raise SystemExit(cli.main("autotune --dim 16 --batch 20 --budget 1 --quiet --dev
     assert done.returncode == 1
     assert "cannot be saved (No space left on device)" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert "times as fast as the default" in done.stdout
+    assert "kept" in done.stdout
     assert ".json" not in done.stdout

@@ -1,0 +1,60 @@
+"""What would take too long is skipped, with the reason: by contender and mode, and by run."""
+
+from __future__ import annotations
+
+import pytest
+
+from deqfusion.bench import limits, runner, suites
+from deqfusion.bench.problem import Shape
+
+
+def test_a_budget_bounds_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the line through two cases; what is skipped says nothing about others."""
+    note = limits.Budget.note
+    monkeypatch.setattr(
+        limits.Budget, "note", lambda self, case, seconds: note(self, case, case.shape.batch)
+    )
+    shapes = (Shape(4, 64, 1), Shape(8, 64, 1), Shape(400_000_000, 64, 1), Shape(4, 64, 1))
+    suite = suites.Suite(
+        "test", suites.cases(*shapes), ("ours",), modes=("forward",), rounds=2, budget=600.0,
+        device="cpu",
+    )  # fmt: skip
+    entries = [case["contenders"]["ours"] for case in runner.run(suite)["cases"]]
+    assert [entry["status"] for entry in entries] == ["ok", "ok", "skipped", "ok"]
+    assert entries[2]["reason"].startswith("some 400000000 s, ")
+    assert entries[2]["reason"].endswith(" are left of the budget of 600 s")
+
+
+def test_a_budget_that_is_spent() -> None:
+    now = 0.0
+    case = suites.Case(Shape(4, 64, 1))
+    budget = limits.Budget(10.0, lambda: now)
+    assert budget.refuse(case) is None
+    now = 4.0
+    budget.note(case, 4.0)
+    assert budget.refuse(case) is None
+    now = 7.0
+    assert budget.refuse(case) == "some 4 s, 3 are left of the budget of 10 s"
+    # Of one case nothing is known about how time grows.
+    assert budget.refuse(suites.Case(Shape(16, 64, 1))).startswith("some 4 s, ")
+    budget.note(suites.Case(Shape(8, 64, 1)), 6.0)
+    assert budget.refuse(suites.Case(Shape(16, 64, 1))).startswith("some 10 s, ")
+    now = 5.0
+    assert budget.refuse(case) is None
+    assert limits.Budget(None).refuse(case) is None
+
+
+def test_what_takes_too_long_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.Limit, "once", lambda self, function, stopwatch: next(seconds))
+    seconds = iter([1.0, 2.0, 50.0])
+    # A problem of the last size would not even fit into memory.
+    shapes = (Shape(4, 64, 1), Shape(8, 64, 1), Shape(12, 64, 1), Shape(400_000_000, 64, 1))
+    suite = suites.Suite(
+        "test", suites.cases(*shapes), ("ours",), modes=("forward",), rounds=2, limit=90.0,
+        device="cpu",
+    )  # fmt: skip
+    entries = [case["contenders"]["ours"] for case in runner.run(suite)["cases"]]
+    assert [entry["status"] for entry in entries] == ["ok", "ok", "skipped", "skipped"]
+    assert [entry["seconds"] is None for entry in entries] == [False, False, True, True]
+    assert "2 runs of 50.0 s would exceed the limit of 90 s" in entries[2]["reason"]
+    assert "(50.0 s at 12,64,1) would exceed the limit of 90 s" in entries[3]["reason"]
