@@ -10,11 +10,11 @@ No line has a header but in the last three. The features are those of context-de
 analysis (Poria et al., ACL 2017), fitted on the training videos; the scores are published in the
 layout of CM-BERT (Yang et al., ACM MM 2020), without ids and in a split of its own.
 
-Scores are therefore matched by sentence, spaces apart. All 2199 published utterances have one; four,
-all to train on, share two sentences ("I HATED IT", "SO IT WAS JUST A LITTLE AWKWARD") of two scores
-each, 0.4 apart, and get the sentence's mean. An utterance whose sentence has no score is an error,
-since with published files that can only be an incomplete one. So is a score whose sign contradicts
-the binary label, which is 1 where the score is >= 0.
+Scores are therefore matched by sentence, spaces apart. All 2199 published utterances have one;
+four, all to train on, share two sentences ("I HATED IT", "SO IT WAS JUST A LITTLE AWKWARD") of two
+scores each, 0.4 apart, and get the sentence's mean. An utterance whose sentence has no score is an
+error, since with published files that can only be an incomplete one. So is a score whose sign
+contradicts the binary label, which is 1 where the score is >= 0.
 
 The features of text and video were learned from the training videos' labels, and give them away: a
 ridge regression on text is right about the side of 0 for 98% of held-out training utterances and

@@ -85,7 +85,8 @@ class MMIMDBRecipe(Recipe):
             if len(config[key]) != count:
                 return key, f"got {len(config[key])} numbers, expected {count}"
         rows, size = config["split"][0], config["batch_size"]
-        if rows and (rows == 1 or (size is not None and rows % size == 1)):
+        last = rows if size is None else rows % size or min(rows, size)
+        if last == 1:
             return "batch_size", (
                 f"got {size}, which leaves one of {rows} films for the last batch, expected two "
                 "or more, which batch normalisation needs"
