@@ -98,9 +98,9 @@ class MOSIRecipe(Recipe):
         ),
     }
     defaults: ClassVar = {
-        "dim": 64,
-        "dropout": 0.5,
-        "epochs": 30,
+        "dim": 32,
+        "dropout": 0.3,
+        "epochs": 25,
         "batch_size": 64,
         "optimizer": "adamw",
         "learning_rate": 1e-3,
