@@ -50,7 +50,7 @@ class MMIMDBRecipe(Recipe):
     name = "mmimdb"
     help = "genres of films from plot and poster: MM-IMDB's multimodal_imdb.hdf5"
     fields: ClassVar = {
-        "split": Field(
+        "split_sizes": Field(
             WholeNumbers(0, 10_000_000),
             list(MMIMDB_SPLIT),
             "rows to train on, for validation and for test, in the file's order",
@@ -81,10 +81,10 @@ class MMIMDBRecipe(Recipe):
 
     def fault(self, config: Config) -> tuple[str, str] | None:
         """Return what does not fit together: numbers of sizes, a last batch of one film."""
-        for key, count in (("split", 3), ("hidden", 2)):
+        for key, count in (("split_sizes", 3), ("hidden", 2)):
             if len(config[key]) != count:
                 return key, f"got {len(config[key])} numbers, expected {count}"
-        rows, size = config["split"][0], config["batch_size"]
+        rows, size = config["split_sizes"][0], config["batch_size"]
         last = rows if size is None else rows % size or min(rows, size)
         if last == 1:
             return "batch_size", (
@@ -97,7 +97,7 @@ class MMIMDBRecipe(Recipe):
         """Open `multimodal_imdb.hdf5` in the folder and check it as a whole."""
         file = MMIMDBFile(data_dir)
         train, validation, test = (
-            FilmSamples(file, rows) for rows in mmimdb_split(file, config["split"])
+            FilmSamples(file, rows) for rows in mmimdb_split(file, config["split_sizes"])
         )
         *widths, labels = file.widths
         facts = {"input_widths": widths, "num_labels": labels, "data_sha256": file.check()}
@@ -131,3 +131,6 @@ class MMIMDBRecipe(Recipe):
         """Return F1 over genres: micro, macro, weighted, samples."""
         probabilities, genres = (torch.cat(parts).numpy() for parts in zip(*outputs, strict=True))
         return multilabel_f1(probabilities, genres.astype(np.int64))
+
+
+RECIPES = {"mmimdb": MMIMDBRecipe()}

@@ -12,6 +12,7 @@ features cannot be had, so figures of theirs are of another input.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -37,6 +38,9 @@ from ..engine.kinds import Kind, OrNull, RealNumber, Sha256, WholeNumber, WholeN
 from ..metrics.regression import sentiment_metrics
 from ..models.mosi import FeatureEncoder, SentimentOutput, SentimentRegressor
 from ..models.text import TransformerEncoder
+
+# Of a transformer's configuration: two copies of a model may differ in them.
+_OF_A_PLACE = ("_name_or_path", "transformers_version")
 
 
 class Modalities(Kind):
@@ -136,7 +140,7 @@ class MOSIRecipe(Recipe):
         tokenizer = None if name is None else _pretrained("AutoTokenizer", name)
         parts = [data.train.take(kept), data.train.take(held), data.test]
         splits = Splits(*(TensorSamples(_tensors(part, config, tokenizer)) for part in parts))
-        text_config = None if name is None else _pretrained("AutoConfig", name).to_dict()
+        text_config = None if name is None else _settings(name)
         widths = [view.shape[1] for view in _chosen(data.train, config)]
         facts = {
             "input_widths": widths,
@@ -205,6 +209,9 @@ class MOSIRecipe(Recipe):
                 yield encoder.transformer
 
 
+RECIPES = {"mosi": MOSIRecipe()}
+
+
 def _is_modality(value: Any) -> bool:
     return isinstance(value, str) and value in MOSI_MODALITIES
 
@@ -249,6 +256,12 @@ def _pretrained(kind: str, name: str, **options: Any) -> Any:
             f"text_encoder: got {name!r}, which cannot be loaded ({reason}), "
             f"expected {EncoderName.expected}"
         ) from error
+
+
+def _settings(name: str) -> dict[str, Any]:
+    """A transformer's configuration as JSON has it, without what changes from place to place."""
+    settings = json.loads(json.dumps(_pretrained("AutoConfig", name).to_dict()))
+    return {key: settings[key] for key in settings if key not in _OF_A_PLACE}
 
 
 def _blank(config: Mapping[str, Any]) -> nn.Module:

@@ -9,18 +9,18 @@ import torch
 
 from deqfusion.data.errors import DataError
 from deqfusion.engine import ENGINE_FIELDS
-from deqfusion.tasks.mmimdb import MMIMDBRecipe
+from deqfusion.tasks.mmimdb import RECIPES
 from tests.data.small_mmimdb import SPLIT, arrays, write_mmimdb
 
 pytest.importorskip("h5py", reason="h5py is not installed (the extra hdf5)")
 
-RECIPE = MMIMDBRecipe()
+RECIPE = RECIPES["mmimdb"]
 
 
 def configuration(**options):
     fields = {**ENGINE_FIELDS, **RECIPE.fields}
     config = {name: field.default for name, field in fields.items()}
-    small = {"dim": 16, "dropout": 0.0, "split": SPLIT, "hidden": [16, 16]}
+    small = {"dim": 16, "dropout": 0.0, "split_sizes": SPLIT, "hidden": [16, 16]}
     return {**config, **RECIPE.defaults, **small, **options}
 
 
@@ -112,7 +112,7 @@ def test_loss_is_the_mean_over_films_and_genres(folder):
 
 def test_published_defaults():
     config = {name: field.default for name, field in RECIPE.fields.items()} | RECIPE.defaults
-    assert config["split"] == [15552, 2608, 7799]
+    assert config["split_sizes"] == [15552, 2608, 7799]
     assert (config["dim"], config["hidden"], config["dropout"]) == (512, [512, 1024], 0.3)
     assert RECIPE.fault({**configuration(), **config}) is None
 
@@ -120,11 +120,11 @@ def test_published_defaults():
 @pytest.mark.parametrize(
     ("options", "key", "what"),
     [
-        ({"split": [40, 28]}, "split", "got 2 numbers, expected 3"),
+        ({"split_sizes": [40, 28]}, "split_sizes", "got 2 numbers, expected 3"),
         ({"hidden": [16]}, "hidden", "got 1 numbers, expected 2"),
         ({"batch_size": 13}, "batch_size", "got 13, which leaves one of 40 films for the last"),
         ({"batch_size": 1}, "batch_size", "got 1, which leaves one of 40 films"),
-        ({"split": [1, 30, 37]}, "batch_size", "got 256, which leaves one of 1 films"),
+        ({"split_sizes": [1, 30, 37]}, "batch_size", "got 256, which leaves one of 1 films"),
     ],
 )
 def test_options_that_do_not_fit(options, key, what):
@@ -136,7 +136,7 @@ def test_options_that_do_not_fit(options, key, what):
 @pytest.mark.parametrize("split", [[40, 0, 28], [40, 12, 15]])
 def test_split_that_does_not_fit_the_file(folder, split):
     with pytest.raises(DataError, match=r"multimodal_imdb\.hdf5: .*expected"):
-        RECIPE.load(folder, configuration(split=split))
+        RECIPE.load(folder, configuration(split_sizes=split))
 
 
 def test_a_bad_value_is_found_before_training(tmp_path):

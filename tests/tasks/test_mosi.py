@@ -13,10 +13,10 @@ from deqfusion.data.mosi import load_mosi
 from deqfusion.engine import ENGINE_FIELDS
 from deqfusion.models.mosi import FeatureEncoder
 from deqfusion.models.text import TransformerEncoder
-from deqfusion.tasks.mosi import EncoderConfig, EncoderName, Modalities, MOSIRecipe
+from deqfusion.tasks.mosi import RECIPES, EncoderConfig, EncoderName, Modalities
 from tests.data.small_mosi import WIDTHS, write_mosi
 
-RECIPE = MOSIRecipe()
+RECIPE = RECIPES["mosi"]
 
 
 def configuration(**options):
@@ -38,8 +38,10 @@ def opened(folder, **options):
     splits, facts = RECIPE.load(folder, config)
     assert all(RECIPE.facts[name].accepts(value) for name, value in facts.items())
     assert facts.keys() == RECIPE.facts.keys()
-    # What is stored must be enough to build the model from.
-    config = json.loads(json.dumps({**config, **facts}))
+    # What is stored must be enough to build the model from, and compare equal to what was.
+    stored = json.loads(json.dumps({**config, **facts}))
+    assert stored == {**config, **facts}
+    config = stored
     torch.manual_seed(0)
     model = RECIPE.build(config)
     RECIPE.prepare(model, splits, config)
