@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..fusions import fuse
 from ..solution import Equilibrium
+from .scaling import InputScaling
 
 
 class FeatureEncoder(nn.Module):
-    """Standardises features, by what `fit` has seen, and projects them.
+    """Standardises features, by what `scaling.fit` has seen, and projects them.
 
     Args:
         width: features of the input.
@@ -27,31 +27,17 @@ class FeatureEncoder(nn.Module):
         dropout: of the result.
     """
 
-    mean: Tensor
-    scale: Tensor
-
     def __init__(self, width: int, dim: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
+        self.scaling = InputScaling([width], "standard")
         self.project = nn.Sequential(
             nn.Linear(width, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(dropout)
         )
 
-    @torch.no_grad()
-    def fit(self, values: Tensor) -> None:
-        """Take mean and scale of each feature from (rows, width).
-
-        A constant feature becomes 0, for other rows too: what it would be there was never seen.
-        """
-        deviation, mean = torch.std_mean(values.double(), dim=0, correction=0)
-        constant = values.amax(dim=0) == values.amin(dim=0)
-        self.mean.copy_(mean)
-        self.scale.copy_(torch.where(constant, 0.0, 1.0 / deviation))
-
     def forward(self, x: Tensor) -> Tensor:
         """Encode (rows, width) to (rows, dim)."""
-        return self.project((x - self.mean) * self.scale)
+        (standard,) = self.scaling([x])
+        return self.project(standard)
 
 
 class SentimentOutput(NamedTuple):

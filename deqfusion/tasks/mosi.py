@@ -28,6 +28,7 @@ from ..engine import (
     Config,
     Field,
     Objective,
+    OptionError,
     Recipe,
     Splits,
     TensorSamples,
@@ -135,7 +136,7 @@ class MOSIRecipe(Recipe):
         try:
             kept, held = hold_out_videos(data.train.videos, fraction, config["seed"])
         except DataError as error:
-            raise DataError(f"{data_dir / 'transcripts.csv'}: {error}") from error
+            raise OptionError("validation_fraction", str(error)) from error
         name = config["text_encoder"]
         tokenizer = None if name is None else _pretrained("AutoTokenizer", name)
         parts = [data.train.take(kept), data.train.take(held), data.test]
@@ -167,7 +168,7 @@ class MOSIRecipe(Recipe):
         batch = splits.train.batch(torch.arange(len(splits.train)))
         for encoder, view in zip(_encoders(model), batch["inputs"], strict=True):
             if isinstance(encoder, FeatureEncoder):
-                encoder.fit(view)
+                encoder.scaling.fit([view])
             elif isinstance(encoder, TransformerEncoder):
                 pretrained = _pretrained("AutoModel", config["text_encoder"])
                 # It may have a pooling layer that this one lacks, but no less than this one has.

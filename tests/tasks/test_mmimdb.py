@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from deqfusion.cli import main
 from deqfusion.data.errors import DataError
-from deqfusion.engine import ENGINE_FIELDS
+from deqfusion.engine.config import checked, complete, fault
 from deqfusion.tasks.mmimdb import RECIPES
 from tests.data.small_mmimdb import SPLIT, arrays, write_mmimdb
 
@@ -18,10 +19,8 @@ RECIPE = RECIPES["mmimdb"]
 
 
 def configuration(**options):
-    fields = {**ENGINE_FIELDS, **RECIPE.fields}
-    config = {name: field.default for name, field in fields.items()}
     small = {"dim": 16, "dropout": 0.0, "split_sizes": SPLIT, "hidden": [16, 16]}
-    return {**config, **RECIPE.defaults, **small, **options}
+    return complete(RECIPE, {**small, **options})
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,8 @@ def folder(tmp_path_factory):
 def opened(folder, **options):
     """Splits and a model with its configuration, as the engine would have them."""
     config = configuration(**options)
-    assert RECIPE.fault(config) is None
     splits, facts = RECIPE.load(folder, config)
-    assert all(RECIPE.facts[name].accepts(value) for name, value in facts.items())
-    assert facts.keys() == RECIPE.facts.keys()
+    assert fault(RECIPE, {**config, **facts}) is None
     config = json.loads(json.dumps({**config, **facts}))
     torch.manual_seed(0)
     return SimpleNamespace(config=config, splits=splits, model=RECIPE.build(config))
@@ -65,28 +62,33 @@ def test_splits_are_the_rows_of_the_file_in_order(folder):
         np.testing.assert_array_equal(values, arrays()[key][rows])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"fusion": "deq"},
-        {"fusion": "deq", "gate": "identity", "skip": True, "tail": "norm_relu"},
-        {"fusion": "concat"},
-        {"fusion": "sum"},
-        {"fusion": "gated"},
-        {"fusion": "weight_tied:2"},
-    ],
-)
-def test_every_fusion_learns(folder, options):
-    run = opened(folder, **options)
+def trained(run, steps):
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=2e-2)
     batch, losses = everything(run.splits.train), []
-    for _ in range(10):
+    for _ in range(steps):
         objective = RECIPE.objective(run.model.train(), batch)
         optimizer.zero_grad()
         objective.loss.backward()
         optimizer.step()
         losses.append(objective.loss.item())
-    assert losses[-1] < 0.75 * losses[0]
+    return losses
+
+
+@pytest.mark.parametrize("fusion", ["gated", "tensor", "attention", "weight_tied:2"])
+def test_fusion_by_name(folder, fusion):
+    losses = trained(opened(folder, fusion=fusion), steps=4)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gate": "identity", "skip": True, "tail": "norm_relu"}, {"fusion": "sum"}],
+    ids=["deq", "authors", "sum"],
+)
+def test_learns_what_the_features_say(folder, options):
+    run = opened(folder, **options)
+    losses = trained(run, steps=8)
+    assert losses[-1] < 0.8 * losses[0]
     metrics = measured(run, run.splits.test)
     assert metrics.keys() == {"f1_micro", "f1_macro", "f1_weighted", "f1_samples"}
     assert all(0.0 <= value <= 1.0 for value in metrics.values())
@@ -111,10 +113,10 @@ def test_loss_is_the_mean_over_films_and_genres(folder):
 
 
 def test_published_defaults():
-    config = {name: field.default for name, field in RECIPE.fields.items()} | RECIPE.defaults
+    config = checked(RECIPE, {})
     assert config["split_sizes"] == [15552, 2608, 7799]
     assert (config["dim"], config["hidden"], config["dropout"]) == (512, [512, 1024], 0.3)
-    assert RECIPE.fault({**configuration(), **config}) is None
+    assert (config["learning_rate"], config["fusion_rate"]) == (1e-3, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +147,27 @@ def test_a_bad_value_is_found_before_training(tmp_path):
     write_mmimdb(tmp_path, content)
     with pytest.raises(DataError, match=r"key 'vgg_features', row 66, column 7: got nan"):
         RECIPE.load(tmp_path, configuration())
+
+
+_SMALL = ["--split-sizes", "40,12,16", "--hidden", "16,16", "--dim", "16", "--quiet"]
+
+
+def test_command_trains_and_evaluates(folder, tmp_path, capsys):
+    run, files = tmp_path / "run", ["--data-dir", str(folder)]
+    options = [*_SMALL, "--epochs", "2", "--batch-size", "20", "--tail", "norm_relu"]
+    assert main(["train", "mmimdb", *files, "--out", str(run), *options]) == 0
+    written = json.loads((run / "metrics.json").read_text())
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", str(run), *files, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    for name in ("f1_micro", "f1_macro", "f1_weighted", "f1_samples"):
+        assert printed[name] == pytest.approx(written[name], abs=1e-6)
+
+
+def test_command_refuses(folder, tmp_path, capsys):
+    files = ["--data-dir", str(folder), "--out", str(tmp_path / "run")]
+    assert main(["train", "mmimdb", *files]) == 2
+    assert "has 68 rows, expected 25959" in capsys.readouterr().err
+    assert main(["train", "mmimdb", *files, *_SMALL, "--batch-size", "13"]) == 2
+    assert "--batch-size: got 13, which leaves one of 40 films" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from deqfusion.data.errors import DataError
+from deqfusion.cli import main
 from deqfusion.data.mosi import load_mosi
-from deqfusion.engine import ENGINE_FIELDS
+from deqfusion.engine import OptionError
+from deqfusion.engine.config import checked, fault
 from deqfusion.models.mosi import FeatureEncoder
 from deqfusion.models.text import TransformerEncoder
 from deqfusion.tasks.mosi import RECIPES, EncoderConfig, EncoderName, Modalities
@@ -20,9 +21,7 @@ RECIPE = RECIPES["mosi"]
 
 
 def configuration(**options):
-    fields = {**ENGINE_FIELDS, **RECIPE.fields}
-    config = {name: field.default for name, field in fields.items()}
-    return {**config, **RECIPE.defaults, "dim": 16, "dropout": 0.0, **options}
+    return checked(RECIPE, {"dim": 16, "dropout": 0.0, **options})
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +35,7 @@ def opened(folder, **options):
     """Splits and a prepared model with its configuration, as the engine would have them."""
     config = configuration(**options)
     splits, facts = RECIPE.load(folder, config)
-    assert all(RECIPE.facts[name].accepts(value) for name, value in facts.items())
-    assert facts.keys() == RECIPE.facts.keys()
+    assert fault(RECIPE, {**config, **facts}) is None
     # What is stored must be enough to build the model from, and compare equal to what was.
     stored = json.loads(json.dumps({**config, **facts}))
     assert stored == {**config, **facts}
@@ -98,10 +96,12 @@ def test_standardised_by_the_rows_that_are_trained_on(folder):
     for encoder, view in zip(
         run.model.encoders, everything(run.splits.train)["inputs"], strict=True
     ):
-        torch.testing.assert_close(encoder.mean, view.mean(dim=0))
+        torch.testing.assert_close(encoder.scaling.shift_0, view.double().mean(dim=0))
 
 
-@pytest.mark.parametrize("fusion", ["deq", "concat", "sum", "gated", "weight_tied:3"])
+@pytest.mark.parametrize(
+    "fusion", ["deq", "concat", "sum", "gated", "tensor", "attention", "weight_tied:3"]
+)
 def test_every_fusion_learns(folder, fusion):
     run = opened(folder, fusion=fusion)
     losses = trained(run)
@@ -141,7 +141,7 @@ def test_modalities_are_chosen_and_ordered(folder, names):
 
 
 def test_too_few_videos(folder):
-    with pytest.raises(DataError, match=r"transcripts\.csv: cannot hold out 0\.99 of 6 videos"):
+    with pytest.raises(OptionError, match=r"validation_fraction: cannot hold out 0\.99 of 6 vid"):
         RECIPE.load(folder, configuration(validation_fraction=0.99))
 
 
@@ -169,12 +169,9 @@ def test_kinds_of_options(kind, good, bad):
 
 
 def test_encoder_without_text():
-    fault = RECIPE.fault(configuration(text_encoder="bert", modalities=["audio"]))
-    assert fault == (
-        "text_encoder",
-        "got 'bert' for modalities audio, expected text among them",
-    )
-    assert RECIPE.fault(configuration()) is None
+    message = r"text_encoder: got 'bert' for modalities audio, expected text among them"
+    with pytest.raises(ValueError, match=message):
+        configuration(text_encoder="bert", modalities=["audio"])
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +248,47 @@ def test_without_transformers(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install deqfusion\[text\]"):
         RECIPE.load(folder, configuration(text_encoder="bert"))
+
+
+def test_command_trains_and_evaluates(folder, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    options = ["--dim", "8", "--epochs", "2", "--modalities", "text,audio", "--quiet"]
+    assert main(["train", "mosi", "--data-dir", str(folder), "--out", run, *options]) == 0
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", run, "--data-dir", str(folder), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    for name in ("acc7", "acc2_has0", "acc2_non0", "f1_has0", "f1_non0", "mae", "pearson"):
+        assert printed[name] == pytest.approx(written[name], abs=1e-6)
+
+
+def test_command_with_a_transformer(folder, encoder, tmp_path, capsys):
+    run = tmp_path / "run"
+    files = ["--data-dir", str(folder)]
+    options = ["--fusion", "sum", "--dim", "8", "--epochs", "1", "--quiet"]
+    named = ["--text-encoder", str(encoder), "--text-length", "6"]
+    assert main(["train", "mosi", *files, "--out", str(run), *options, *named]) == 0
+    assert main(["train", "mosi", *files, "--out", str(run), "--resume", "--epochs", "2"]) == 0
+    written = json.loads((run / "metrics.json").read_text())
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", str(run), *files, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mae"] == pytest.approx(written["mae"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--modalities", "text,smell"], "expected a list of distinct names of text, audio, video"),
+        (["--validation-fraction", "0.99"], "--validation-fraction: cannot hold out 0.99 of 6"),
+        (["--text-encoder", "bert", "--modalities", "audio"], "--text-encoder: got 'bert' for"),
+    ],
+)
+def test_command_refuses(folder, tmp_path, capsys, options, message):
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        raise SystemExit(
+            main(["train", "mosi", "--data-dir", str(folder), "--out", str(run), *options])
+        )
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not run.exists()
