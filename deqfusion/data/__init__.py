@@ -1,7 +1,8 @@
-"""Data sets for the tasks: handwritten digits as three modalities, and MOGONET's CSV folders."""
+"""Data sets for the tasks: one file per published format."""
 
 from .digits import DIGITS_MODALITIES, DigitsData, DigitsPart, digit_modalities, load_digits
 from .errors import DataError
+from .indexed import load_indexed
 from .mogonet import (
     LabelledModalities,
     MinMaxScaling,
@@ -10,8 +11,11 @@ from .mogonet import (
     read_labels,
     read_matrix,
     repeated_splits,
+    stratified_folds,
     stratified_holdout,
+    stratified_shuffles,
 )
+from .multiview import load_multiview
 
 __all__ = [
     "DIGITS_MODALITIES",
@@ -23,9 +27,13 @@ __all__ = [
     "MogonetData",
     "digit_modalities",
     "load_digits",
+    "load_indexed",
     "load_mogonet",
+    "load_multiview",
     "read_labels",
     "read_matrix",
     "repeated_splits",
+    "stratified_folds",
     "stratified_holdout",
+    "stratified_shuffles",
 ]
