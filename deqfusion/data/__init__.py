@@ -1,7 +1,8 @@
-"""Data sets for the tasks: readers of published formats, which check them, and splits."""
+"""Data sets for the tasks: one file per published format."""
 
 from .digits import DIGITS_MODALITIES, DigitsData, DigitsPart, digit_modalities, load_digits
 from .errors import DataError
+from .indexed import load_indexed
 from .mmimdb import MMIMDB_SPLIT, MMIMDBFile, mmimdb_split
 from .mogonet import (
     LabelledModalities,
@@ -11,9 +12,12 @@ from .mogonet import (
     read_labels,
     read_matrix,
     repeated_splits,
+    stratified_folds,
     stratified_holdout,
+    stratified_shuffles,
 )
 from .mosi import MOSI_MODALITIES, MosiData, MosiPart, hold_out_videos, load_mosi
+from .multiview import load_multiview
 
 __all__ = [
     "DIGITS_MODALITIES",
@@ -31,11 +35,15 @@ __all__ = [
     "digit_modalities",
     "hold_out_videos",
     "load_digits",
+    "load_indexed",
     "load_mogonet",
     "load_mosi",
+    "load_multiview",
     "mmimdb_split",
     "read_labels",
     "read_matrix",
     "repeated_splits",
+    "stratified_folds",
     "stratified_holdout",
+    "stratified_shuffles",
 ]

@@ -136,6 +136,26 @@ class OneOf(Kind):
 
 
 @dataclass(frozen=True)
+class SomeOf(Kind):
+    """A list of distinct texts of a few, at least one; as an argument, `a,b`."""
+
+    texts: Sequence[str]
+
+    @property
+    def expected(self) -> str:
+        return f"distinct ones of {', '.join(self.texts)}"
+
+    def accepts(self, value: Any) -> bool:
+        if not isinstance(value, list) or not value:
+            return False
+        known = all(isinstance(text, str) and text in self.texts for text in value)
+        return known and len(set(value)) == len(value)
+
+    def parse(self, text: str) -> list[str]:
+        return text.split(",")
+
+
+@dataclass(frozen=True)
 class Switch(Kind):
     """True or false; as an argument, `--name` or `--no-name`."""
 

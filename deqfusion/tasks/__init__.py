@@ -19,6 +19,9 @@ __all__ = ["TASKS", "get_recipe", "register_commands"]
 TASKS: dict[str, str] = {
     "rosmap": "omics",
     "brca": "omics",
+    "brca2012": "brca2012",
+    "handwritten": "multiview",
+    "cub": "multiview",
     "mmimdb": "mmimdb",
     "mosi": "mosi",
 }

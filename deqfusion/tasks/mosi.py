@@ -3,7 +3,7 @@
 Standardised features (by the utterances that are trained on), one encoder each, the fusion, a
 linear head; absolute error. The epoch with the least error on held-out training videos is kept:
 an utterance's neighbours in its video would give it away, and test videos are for the report alone.
-Since the published features know the training videos' labels (see `data.mosi`), that choice is weak.
+The choice is a weak one, as the published features know training videos' labels (see `data.mosi`).
 
 With `--text-encoder`, sentences go through a transformer of Hugging Face in place of their
 published features, and it is fine-tuned. The authors of DEQ fusion instead fuse two maps of
