@@ -1,7 +1,9 @@
-"""Data sets for the tasks: handwritten digits as three modalities, and MOGONET's CSV folders."""
+"""Data sets for the tasks: one file per published format."""
 
 from .digits import DIGITS_MODALITIES, DigitsData, DigitsPart, digit_modalities, load_digits
 from .errors import DataError
+from .indexed import load_indexed
+from .mmimdb import MMIMDB_SPLIT, MMIMDBFile, mmimdb_split
 from .mogonet import (
     LabelledModalities,
     MinMaxScaling,
@@ -10,22 +12,38 @@ from .mogonet import (
     read_labels,
     read_matrix,
     repeated_splits,
+    stratified_folds,
     stratified_holdout,
+    stratified_shuffles,
 )
+from .mosi import MOSI_MODALITIES, MosiData, MosiPart, hold_out_videos, load_mosi
+from .multiview import load_multiview
 
 __all__ = [
     "DIGITS_MODALITIES",
+    "MMIMDB_SPLIT",
+    "MOSI_MODALITIES",
     "DataError",
     "DigitsData",
     "DigitsPart",
     "LabelledModalities",
+    "MMIMDBFile",
     "MinMaxScaling",
     "MogonetData",
+    "MosiData",
+    "MosiPart",
     "digit_modalities",
+    "hold_out_videos",
     "load_digits",
+    "load_indexed",
     "load_mogonet",
+    "load_mosi",
+    "load_multiview",
+    "mmimdb_split",
     "read_labels",
     "read_matrix",
     "repeated_splits",
+    "stratified_folds",
     "stratified_holdout",
+    "stratified_shuffles",
 ]

@@ -227,6 +227,55 @@ def stratified_holdout(
     return kept, held
 
 
+def stratified_folds(
+    labels: NDArray[np.int64], folds: int, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Divide rows into folds with the classes in proportion.
+
+    Returns:
+        For each fold the row indices (of all others, of the fold), int64.
+
+    Raises:
+        DataError: a class has fewer rows than there are folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    smallest = np.unique(labels, return_counts=True)[1].min()
+    if smallest < folds:
+        raise DataError(
+            f"labels: the smallest class has {smallest} rows, expected at least {folds}, one for "
+            "each fold"
+        )
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    return list(splitter.split(labels, labels))
+
+
+def stratified_shuffles(
+    labels: NDArray[np.int64], repeats: int, test: float, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Split rows at random, several times, with the classes in proportion.
+
+    Args:
+        labels: (rows,).
+        repeats: how many times, >= 1.
+        test: rows of the second part: a share below 1, or a number of them.
+        seed: the k-th split is the same whatever `repeats`.
+
+    Returns:
+        For each split the row indices (train, test), int64.
+
+    Raises:
+        DataError: a class is too small for both parts.
+    """
+    from sklearn.model_selection import StratifiedShuffleSplit
+
+    splitter = StratifiedShuffleSplit(repeats, test_size=test, random_state=seed)
+    try:
+        return list(splitter.split(labels, labels))
+    except ValueError as error:
+        raise DataError(f"labels: cannot split them {repeats} times: {error}") from error
+
+
 def repeated_splits(data: MogonetData, repeats: int, seed: int) -> Iterator[MogonetData]:
     """Yield `repeats` random splits of all rows, stratified, with test parts of the given size.
 
@@ -234,17 +283,10 @@ def repeated_splits(data: MogonetData, repeats: int, seed: int) -> Iterator[Mogo
         DataError: a class is too small for both parts.
         ValueError: `repeats` is below 1.
     """
-    from sklearn.model_selection import StratifiedShuffleSplit
-
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, expected a number >= 1")
     pooled = data.pooled()
-    splitter = StratifiedShuffleSplit(repeats, test_size=len(data.test), random_state=seed)
-    try:
-        splits = list(splitter.split(pooled.labels, pooled.labels))
-    except ValueError as error:
-        raise DataError(f"labels: cannot split them {repeats} times: {error}") from error
-    for train, test in splits:
+    for train, test in stratified_shuffles(pooled.labels, repeats, len(data.test), seed):
         yield MogonetData(pooled.take(train), pooled.take(test), data.num_classes)
 
 

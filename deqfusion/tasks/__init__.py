@@ -1,29 +1,41 @@
-"""Training tasks and the demonstration, and their commands."""
+"""Training tasks and the demonstration, and their commands.
+
+A task's module has `RECIPES`, a dict from the task's name to its `Recipe`; one line in `TASKS`
+makes it a command.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 from typing import Any
 
-from . import demo, rosmap
-from .classifier import ClassifierOutput, MultimodalClassifier
-from .engine import FitOptions, FitResult, Rows, TrainingDivergedError, fit
-from .runs import CheckpointError, RunDirectory
+from ..engine import Recipe, command
 
-__all__ = [
-    "CheckpointError",
-    "ClassifierOutput",
-    "FitOptions",
-    "FitResult",
-    "MultimodalClassifier",
-    "Rows",
-    "RunDirectory",
-    "TrainingDivergedError",
-    "fit",
-    "register_commands",
-]
+__all__ = ["TASKS", "get_recipe", "register_commands"]
 
-_TASKS = {"rosmap": (rosmap, "omics data in MOGONET's layout: ROSMAP, BRCA and others")}
+#: Name of each task: the module of this package whose `RECIPES` has it.
+TASKS: dict[str, str] = {
+    "rosmap": "omics",
+    "brca": "omics",
+    "brca2012": "brca2012",
+    "handwritten": "multiview",
+    "cub": "multiview",
+    "mmimdb": "mmimdb",
+    "mosi": "mosi",
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """Return the recipe of a task.
+
+    Raises:
+        ValueError: no task has this name.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task: got {name!r}, expected one of {', '.join(TASKS)}")
+    return importlib.import_module(f"{__name__}.{TASKS[name]}").RECIPES[name]
 
 
 def register_commands(subparsers: Any) -> None:
@@ -31,20 +43,23 @@ def register_commands(subparsers: Any) -> None:
 
     Each sets the default `run`, a function of the parsed arguments that returns an exit code.
     """
+    from . import demo
+
     parser = _add(subparsers, "demo", "train, compare and time fusions on handwritten digits")
     demo.add_arguments(parser)
     parser.set_defaults(run=demo.run)
 
     train = _add(subparsers, "train", "train a model on a task's data")
     tasks = train.add_subparsers(dest="task", metavar="TASK", required=True)
-    for name, (module, help_line) in _TASKS.items():
-        parser = _add(tasks, name, help_line)
-        module.add_arguments(parser)
-        parser.set_defaults(run=module.run)
+    for name in TASKS:
+        recipe = get_recipe(name)
+        parser = _add(tasks, name, recipe.help)
+        command.add_train_arguments(parser, recipe)
+        parser.set_defaults(run=functools.partial(command.run_train, recipe=recipe))
 
     parser = _add(subparsers, "evaluate", "evaluate a checkpoint on the test rows of a folder")
-    rosmap.add_evaluate_arguments(parser)
-    parser.set_defaults(run=rosmap.run_evaluate)
+    command.add_evaluate_arguments(parser)
+    parser.set_defaults(run=functools.partial(command.run_evaluate, get_recipe=get_recipe))
 
 
 def _add(subparsers: Any, name: str, help_line: str) -> argparse.ArgumentParser:

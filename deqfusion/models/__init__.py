@@ -1,0 +1,22 @@
+"""Host networks: encoders around a fusion, and a head; no reading of files, no training."""
+
+from .classifier import ClassifierOutput, MultimodalClassifier
+from .dynamics import MultimodalDynamics
+from .mmimdb import Maxout, MaxoutClassifier, MultilabelOutput
+from .mosi import FeatureEncoder, SentimentOutput, SentimentRegressor
+from .scaling import InputScaling
+from .text import TransformerEncoder
+
+__all__ = [
+    "ClassifierOutput",
+    "FeatureEncoder",
+    "InputScaling",
+    "Maxout",
+    "MaxoutClassifier",
+    "MultilabelOutput",
+    "MultimodalClassifier",
+    "MultimodalDynamics",
+    "SentimentOutput",
+    "SentimentRegressor",
+    "TransformerEncoder",
+]

@@ -1,0 +1,65 @@
+"""Subtypes of breast cancer from three to five omics, by cross-validation.
+
+The 345 tumours of The Cancer Genome Atlas (Nature 490, 2012) in index-column CSV files, see
+`data.indexed`; PAM50 subtypes, of which Normal has 5 patients and is left out unless asked for.
+Scaling, hosts and schedule are those of the other omics (see `omics`). Every fold is once the test
+part; the epoch is chosen on a stratified part of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..data import DataError, load_indexed, stratified_folds
+from ..engine import Config, Field, OptionError, Recipe, Splits, data_sha256
+from ..engine.kinds import SomeOf, Switch, WholeNumber
+from .classification import Classification, hold_out, overflow, overflow_message, samples
+from .omics import Omics
+
+_OMICS = ("mrna", "meth", "mirna", "protein", "cnv")
+
+
+class Brca2012(Classification):
+    """TCGA's breast cancers of 2012."""
+
+    name = "brca2012"
+    help = "TCGA breast cancer subtypes from three to five omics, in folds"
+    fields: ClassVar[Mapping[str, Field]] = {
+        "omics": Field(SomeOf(_OMICS), ["mrna", "meth", "mirna"], "files to read"),
+        "normal": Field(Switch(), False, "keep the class Normal, of 5 patients"),
+        "folds": Field(WholeNumber(2, 1000), 5, "of which each is once the test part"),
+        **Classification.fields,
+    }
+    defaults: ClassVar[Mapping[str, Any]] = Omics.defaults
+
+    def repeats(self, config: Config) -> int:
+        return int(config["folds"])
+
+    def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
+        without = () if config["normal"] else ("Normal",)
+        rows, classes = load_indexed(data_dir, config["omics"], "pam50", without=without)
+        facts = {
+            "input_widths": [view.shape[1] for view in rows.modalities],
+            "num_classes": len(classes),
+            "data_sha256": data_sha256([*rows.modalities, rows.labels]),
+        }
+        try:
+            folds = stratified_folds(rows.labels, config["folds"], config["seed"])
+        except DataError as error:
+            raise OptionError("folds", str(error)) from error
+        train, test = folds[config["split"]]
+        fitted, validation = hold_out(rows.take(train), config)
+        found = overflow(rows, fitted, self.scaling)
+        if found is not None:
+            index, row, column, scaled = found
+            value = rows.modalities[index][row, column]
+            raise DataError(
+                f"{data_dir / config['omics'][index]}.csv, row {row + 1} of those in labels.csv, "
+                f"column {column + 2}: {overflow_message(value, scaled)}"
+            )
+        return Splits(samples(fitted), samples(validation), samples(rows.take(test))), facts
+
+
+RECIPES: dict[str, Recipe] = {Brca2012.name: Brca2012()}

@@ -1,0 +1,88 @@
+"""Multi-view classification: handwritten digits in six views, and birds as image and text.
+
+MATLAB files as published with the multi-view benchmarks (see `data.multiview`), on repeated
+stratified splits of all rows. The epoch is chosen on a stratified part of the training rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..data import DataError, load_multiview, stratified_shuffles
+from ..engine import Config, Field, OptionError, Recipe, Splits, data_sha256
+from ..engine.kinds import RealNumber, WholeNumber
+from .classification import Classification, hold_out, samples
+
+
+class Multiview(Classification, ABC):
+    """A multi-view file; `--data-dir` is the file, or its folder."""
+
+    fields: ClassVar[Mapping[str, Field]] = {
+        "splits": Field(WholeNumber(1, 10_000), 5, "repeated stratified splits of all rows"),
+        "test_fraction": Field(
+            RealNumber(0.0, above=True, below=1.0), 0.2, "of all rows, to test on"
+        ),
+        **Classification.fields,
+    }
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "dim": 64,
+        "epochs": 100,
+        "batch_size": 256,
+        "learning_rate": 3e-3,
+        "jacobian_weight": 1.0,
+    }
+    #: How the file's name begins.
+    prefix: ClassVar[str]
+
+    def repeats(self, config: Config) -> int:
+        return int(config["splits"])
+
+    def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
+        rows = load_multiview(self._file(data_dir))
+        facts = {
+            "input_widths": [view.shape[1] for view in rows.modalities],
+            "num_classes": int(rows.labels.max()) + 1,
+            "data_sha256": data_sha256([*rows.modalities, rows.labels]),
+        }
+        count = config["split"] + 1
+        try:
+            *_, (train, test) = stratified_shuffles(
+                rows.labels, count, config["test_fraction"], config["seed"]
+            )
+        except DataError as error:
+            raise OptionError("test_fraction", str(error)) from error
+        fitted, validation = hold_out(rows.take(train), config)
+        return Splits(samples(fitted), samples(validation), samples(rows.take(test))), facts
+
+    def _file(self, data_dir: Path) -> Path:
+        if data_dir.is_file():
+            return data_dir
+        found = sorted(data_dir.glob(f"{self.prefix}*.mat"))
+        if len(found) != 1:
+            names = ", ".join(path.name for path in found) or "none"
+            raise DataError(
+                f"{data_dir}: got {names}, expected one {self.prefix}*.mat, or the file itself"
+            )
+        return found[0]
+
+
+class Handwritten(Multiview):
+    """UCI's multiple features: six views of handwritten digits."""
+
+    name = "handwritten"
+    help = "handwritten digits in six views, from a MATLAB file"
+    prefix = "handwritten"
+
+
+class Cub(Multiview):
+    """Birds of ten species: image and text features."""
+
+    name = "cub"
+    help = "birds by image and text, from a MATLAB file"
+    prefix = "cub"
+
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (Handwritten(), Cub())}
