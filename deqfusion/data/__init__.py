@@ -1,4 +1,4 @@
-"""Data sets for the tasks: handwritten digits as three modalities, and MOGONET's CSV folders."""
+"""Data sets for the tasks, one file for each published format."""
 
 from .digits import DIGITS_MODALITIES, DigitsData, DigitsPart, digit_modalities, load_digits
 from .errors import DataError
@@ -12,6 +12,8 @@ from .mogonet import (
     repeated_splits,
     stratified_holdout,
 )
+from .regions import RegionFeatures
+from .vqa import Question, VQAData, answer_vocabulary, hold_out_images, load_vqa, read_questions
 
 __all__ = [
     "DIGITS_MODALITIES",
@@ -21,11 +23,18 @@ __all__ = [
     "LabelledModalities",
     "MinMaxScaling",
     "MogonetData",
+    "Question",
+    "RegionFeatures",
+    "VQAData",
+    "answer_vocabulary",
     "digit_modalities",
+    "hold_out_images",
     "load_digits",
     "load_mogonet",
+    "load_vqa",
     "read_labels",
     "read_matrix",
+    "read_questions",
     "repeated_splits",
     "stratified_holdout",
 ]
