@@ -34,7 +34,7 @@ from .errors import DataError
 _FEATURES = ("x", "features", "feat")
 _BOXES = ("bbox", "boxes", "norm_bb")
 _COUNTS = ("num_bbox", "num_boxes")
-_IMAGE = re.compile(r"([0-9]+)(?:\.(?:jpe?g|png))?\.npz", re.IGNORECASE)
+_IMAGE = re.compile(r"([0-9]+)(?:\.(?:jpe?g|png))?\.npz\Z", re.IGNORECASE)
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 #: Numbers that stand for a region's position: x1, y1, x2, y2 and area, as shares of the image.
 POSITION_WIDTH = 5
@@ -118,8 +118,7 @@ def _index(folder: Path, images: set[int]) -> dict[int, Path]:
     paths: dict[int, Path] = {}
     for path in sorted(folder.rglob("*.npz")):
         match = _IMAGE.search(path.name)
-        # The number must end the name: `match` would stop at the first.
-        if match is None or match.end() != len(path.name) or int(match[1]) not in images:
+        if match is None or int(match[1]) not in images:
             continue
         earlier = paths.setdefault(int(match[1]), path)
         if earlier != path:

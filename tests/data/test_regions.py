@@ -35,6 +35,9 @@ def folder(tmp_path):
 
 
 def test_reads_what_was_written(folder):
+    # Neither is of an image: the last number of the first name is not its end.
+    export(folder / "7.npz.old.npz", 2)
+    export(folder / "notes.npz", 2)
     regions = RegionFeatures(folder, [7, 12])
     assert regions.width == WIDTH
     np.testing.assert_array_equal(regions.read(7), export(folder / "99.npz", 3)["x"])

@@ -33,6 +33,8 @@ from deqfusion.metrics.vqa import _SPELLING, answer_accuracy, mean_accuracies, n
         ("T-shirt, blue", "t shirt blue"),
         ("1,000 black-and-white", "1000 blackandwhite"),
         ("coca - cola", "coca cola"),
+        ("black-and- white", "blackand white"),
+        ("black-and -white", "blackand white"),
         ("b/w", "b w"),
         ("who?", "who"),
         ("\tone\nday ", "1 day"),
