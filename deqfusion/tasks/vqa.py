@@ -124,7 +124,7 @@ class VQA(Recipe):
         "image": Field(
             OneOf(("regions", "none")),
             "regions",
-            f"what is seen: .npz files in {FEATURES_FOLDER}, or nothing but the question",
+            f"what is seen: .npz files in {FEATURES_FOLDER}, or none, and then nothing is fused",
         ),
         "positions": Field(Switch(), False, "give the model each region's box"),
         "max_regions": Field(WholeNumber(1, 1000), 100, "regions of an image at most"),

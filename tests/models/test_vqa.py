@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from deqfusion import DEQFusion
-from deqfusion.fusions import build_fusion
+from deqfusion.fusions import FUSION_NAMES, build_fusion
 from deqfusion.models.vqa import ENCODERS, QuestionEncoder, RegionAttention, VQAModel
 
 WORDS = torch.tensor([[4, 2, 3, 0, 0], [5, 6, 0, 0, 0], [2, 3, 4, 5, 6]])
@@ -31,7 +31,7 @@ def regions(rows=3):
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("fusion", ["deq", "concat", "sum", "gated", "weight_tied:3"])
+@pytest.mark.parametrize("fusion", [name.replace("K", "3") for name in FUSION_NAMES])
 def test_every_fusion_and_encoder_learns(fusion, encoder):
     model = build(fusion, encoder)
     output = model(WORDS, PLACES, regions(), COUNTS)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from deqfusion.cli import main
 from deqfusion.data import DataError
 from deqfusion.engine import ENGINE_FIELDS
 from deqfusion.tasks.vqa import FEATURES_FOLDER, RECIPES
@@ -230,3 +231,26 @@ def test_published_subset(data_dir, tmp_path):
     # A third of the questions is for yes or no.
     assert 0.15 < metrics["baseline_yes"] < 0.3
     assert metrics["baseline_yes"] < metrics["baseline_question_type"]
+
+
+def test_command_trains_and_evaluates(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--dim", "16", "--epochs", "2", "--min-answer-count", "1", "--quiet"]
+    data = ["--data-dir", str(folder)]
+    assert main(["train", "vqa", *data, "--out", str(out), *options]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["task"], config["region_width"]) == ("vqa", WIDTH)
+    capsys.readouterr()
+    assert main(["evaluate", *data, "--checkpoint", str(out), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert {"accuracy", "accuracy_number", "baseline_yes"} <= metrics.keys()
+
+
+def test_command_refuses_in_one_line(tmp_path, capsys):
+    write_part(tmp_path, "train2014", range(1, 5), official=True)
+    arguments = ["train", "vqa", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "v2_OpenEnded_mscoco_val2014_questions.json: no such file, expected v2_" in error
+    assert not (tmp_path / "run").exists()
