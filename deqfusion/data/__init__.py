@@ -1,4 +1,4 @@
-"""Data sets for the tasks: one file per published format."""
+"""Data sets for the tasks, one file for each published format."""
 
 from .digits import DIGITS_MODALITIES, DigitsData, DigitsPart, digit_modalities, load_digits
 from .errors import DataError
@@ -18,6 +18,8 @@ from .mogonet import (
 )
 from .mosi import MOSI_MODALITIES, MosiData, MosiPart, hold_out_videos, load_mosi
 from .multiview import load_multiview
+from .regions import RegionFeatures
+from .vqa import Question, VQAData, answer_vocabulary, hold_out_images, load_vqa, read_questions
 
 __all__ = [
     "DIGITS_MODALITIES",
@@ -32,16 +34,23 @@ __all__ = [
     "MogonetData",
     "MosiData",
     "MosiPart",
+    "Question",
+    "RegionFeatures",
+    "VQAData",
+    "answer_vocabulary",
     "digit_modalities",
+    "hold_out_images",
     "hold_out_videos",
     "load_digits",
     "load_indexed",
     "load_mogonet",
     "load_mosi",
     "load_multiview",
+    "load_vqa",
     "mmimdb_split",
     "read_labels",
     "read_matrix",
+    "read_questions",
     "repeated_splits",
     "stratified_folds",
     "stratified_holdout",

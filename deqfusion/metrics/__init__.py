@@ -3,5 +3,14 @@
 from .classification import classification_metrics, mean_and_error
 from .multilabel import multilabel_f1
 from .regression import sentiment_metrics
+from .vqa import answer_accuracy, mean_accuracies, normalise_answer
 
-__all__ = ["classification_metrics", "mean_and_error", "multilabel_f1", "sentiment_metrics"]
+__all__ = [
+    "answer_accuracy",
+    "classification_metrics",
+    "mean_accuracies",
+    "mean_and_error",
+    "multilabel_f1",
+    "normalise_answer",
+    "sentiment_metrics",
+]

@@ -24,6 +24,7 @@ TASKS: dict[str, str] = {
     "cub": "multiview",
     "mmimdb": "mmimdb",
     "mosi": "mosi",
+    "vqa": "vqa",
 }
 
 
