@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .adjoint import Unroll
 from .module import DEQFusion
+from .solution import Equilibrium
 
 FUSION_NAMES = ("deq", "concat", "sum", "gated", "weight_tied:K")
 
@@ -93,6 +94,25 @@ class GatedFusion(_Fusion):
         gates = torch.sigmoid(self.gates(torch.cat(parts, dim=-1)))
         gated = gates.unflatten(-1, (self.num_modalities, self.dim)) * torch.stack(parts, dim=-2)
         return gated.sum(dim=-2)
+
+
+def fuse(
+    fusion: nn.Module, features: Sequence[Tensor], *, trace: bool = False
+) -> tuple[Tensor, Equilibrium | None]:
+    """Fuse features by any fusion, and keep the solution where there is one.
+
+    Args:
+        fusion: made by `build_fusion`.
+        features: N tensors (..., d).
+        trace: record the residual of every step of a solve.
+
+    Returns:
+        The fused features (..., d), and the equilibrium of a `DEQFusion` or None.
+    """
+    if isinstance(fusion, DEQFusion):
+        equilibrium = fusion.equilibrium(features, trace=trace)
+        return equilibrium.fused, equilibrium
+    return fusion(features), None
 
 
 def build_fusion(name: str, dim: int, num_modalities: int, **options: Any) -> nn.Module:

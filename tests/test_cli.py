@@ -143,7 +143,7 @@ def test_refusals_are_one_line(
 
 def test_data_and_checkpoint_errors_are_refusals() -> None:
     from deqfusion.data import DataError
-    from deqfusion.tasks import CheckpointError
+    from deqfusion.engine import CheckpointError
 
     assert issubclass(DataError, ValueError)
     assert issubclass(CheckpointError, ValueError)

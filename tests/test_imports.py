@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("cli", "doctor", "__main__"),
     ("tasks", "bench", "tuning"),
-    ("data", "plots", "fusions", "compat", "testing"),
+    ("engine",),
+    ("models",),
+    ("data", "metrics", "plots", "fusions", "compat", "testing"),
     ("module",),
     ("functional",),
     ("ops",),

@@ -1,29 +1,32 @@
-"""Training tasks and the demonstration, and their commands."""
+"""Training tasks and the demonstration, and their commands.
+
+A task's module has `RECIPES`, a dict from the task's name to its `Recipe`; one line in `TASKS`
+makes it a command.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from typing import Any
 
-from . import demo, rosmap
-from .classifier import ClassifierOutput, MultimodalClassifier
-from .engine import FitOptions, FitResult, Rows, TrainingDivergedError, fit
-from .runs import CheckpointError, RunDirectory
+from ..engine import Recipe
 
-__all__ = [
-    "CheckpointError",
-    "ClassifierOutput",
-    "FitOptions",
-    "FitResult",
-    "MultimodalClassifier",
-    "Rows",
-    "RunDirectory",
-    "TrainingDivergedError",
-    "fit",
-    "register_commands",
-]
+__all__ = ["TASKS", "get_recipe", "register_commands"]
 
-_TASKS = {"rosmap": (rosmap, "omics data in MOGONET's layout: ROSMAP, BRCA and others")}
+#: Name of each task: the module of this package whose `RECIPES` has it.
+TASKS: dict[str, str] = {}
+
+
+def get_recipe(name: str) -> Recipe:
+    """Return the recipe of a task.
+
+    Raises:
+        ValueError: no task has this name.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task: got {name!r}, expected one of {', '.join(TASKS)}")
+    return importlib.import_module(f"{__name__}.{TASKS[name]}").RECIPES[name]
 
 
 def register_commands(subparsers: Any) -> None:
@@ -31,16 +34,18 @@ def register_commands(subparsers: Any) -> None:
 
     Each sets the default `run`, a function of the parsed arguments that returns an exit code.
     """
+    from . import demo, rosmap
+
     parser = _add(subparsers, "demo", "train, compare and time fusions on handwritten digits")
     demo.add_arguments(parser)
     parser.set_defaults(run=demo.run)
 
     train = _add(subparsers, "train", "train a model on a task's data")
     tasks = train.add_subparsers(dest="task", metavar="TASK", required=True)
-    for name, (module, help_line) in _TASKS.items():
-        parser = _add(tasks, name, help_line)
-        module.add_arguments(parser)
-        parser.set_defaults(run=module.run)
+    help_line = "omics data in MOGONET's layout: ROSMAP, BRCA and others"
+    parser = _add(tasks, "rosmap", help_line)
+    rosmap.add_arguments(parser)
+    parser.set_defaults(run=rosmap.run)
 
     parser = _add(subparsers, "evaluate", "evaluate a checkpoint on the test rows of a folder")
     rosmap.add_evaluate_arguments(parser)

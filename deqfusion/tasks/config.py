@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..functional import CellOptions
-from .arguments import (
+from ..engine.kinds import (
     FusionName,
     Kind,
     OneOf,
@@ -21,7 +20,8 @@ from .arguments import (
     WholeNumber,
     WholeNumbers,
 )
-from .runs import CheckpointError, read_config
+from ..engine.runs import CheckpointError, read_config
+from ..functional import CellOptions
 
 #: What each key may be, in the order in which they are checked.
 FIELDS: dict[str, Kind] = {

@@ -26,16 +26,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import DIGITS_MODALITIES, DigitsPart, load_digits
+from ..engine.kinds import RealNumber, WholeNumber
+from ..engine.runs import write_atomically, write_json
+from ..engine.training import HISTORY_COLUMNS, FitOptions, FitResult, Rows, fit
+from ..metrics import classification_metrics
+from ..models.classifier import MultimodalClassifier
 from ..module import DEQFusion
 from ..ops import checked_implementation
 from ..solution import Equilibrium
 from ..solvers import Anderson, Picard
-from .arguments import RealNumber, WholeNumber
-from .classifier import MultimodalClassifier
 from .comparison import FUSIONS, Comparison, DemoOptions
-from .engine import HISTORY_COLUMNS, FitOptions, FitResult, Rows, fit
-from .metrics import classification_metrics
-from .runs import write_atomically, write_json
 
 _CLASSES = 10
 _TRACE_TOL = 1e-5

@@ -33,12 +33,7 @@ from ..data import (
     repeated_splits,
     stratified_holdout,
 )
-from ..ops import checked_implementation
-from .classifier import MultimodalClassifier
-from .config import FIELDS, fault, read_run
-from .engine import HISTORY_COLUMNS, FitOptions, Rows, TrainingDivergedError, check_penalty, fit
-from .metrics import classification_metrics, mean_and_error
-from .runs import (
+from ..engine.runs import (
     CheckpointError,
     RunDirectory,
     check_tensors,
@@ -47,6 +42,18 @@ from .runs import (
     write_json,
     write_tensors,
 )
+from ..engine.training import (
+    HISTORY_COLUMNS,
+    FitOptions,
+    Rows,
+    TrainingDivergedError,
+    check_penalty,
+    fit,
+)
+from ..metrics import classification_metrics, mean_and_error
+from ..models.classifier import MultimodalClassifier
+from ..ops import checked_implementation
+from .config import FIELDS, fault, read_run
 
 # The penalty keeps the map contracting while it learns, which costs fewer steps and keeps implicit
 # gradients of single rows from dominating. It, width, dropout and learning rate were chosen on

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from deqfusion import autotune
 from deqfusion.adjoint import Implicit
+from deqfusion.engine.kinds import OneOf, RealNumber, WholeNumber, WholeNumbers
 from deqfusion.kernels.cost import DEVICES
 from deqfusion.module import DEQFusion
 from deqfusion.solvers import Anderson
-from deqfusion.tasks.arguments import OneOf, RealNumber, WholeNumber, WholeNumbers
 from deqfusion.tuning.result import Tuned
 
 __all__ = ["layer_from_file", "register_commands", "run"]

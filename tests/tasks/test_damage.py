@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from deqfusion.cli import main
-from deqfusion.tasks.runs import read_config, read_tensors, write_tensors
+from deqfusion.engine.runs import read_config, read_tensors, write_tensors
 
 _SMALL = ["--dim", "8", "--modalities", "1,2", "--epochs", "2", "--tol", "1e-2"]
 _COMMANDS = ("evaluate", "resume")

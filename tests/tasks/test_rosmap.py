@@ -16,7 +16,7 @@ import torch
 
 from deqfusion.cli import main
 from deqfusion.data import load_mogonet
-from deqfusion.tasks.runs import read_tensors
+from deqfusion.engine.runs import read_tensors
 
 _SHARED = Path(
     os.environ.get("DEQFUSION_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..models.classifier import MultimodalClassifier
 from ..module import DEQFusion
 from ..solution import Equilibrium
-from .classifier import MultimodalClassifier
 from .runs import (
     CheckpointError,
     RunDirectory,

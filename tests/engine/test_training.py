@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from deqfusion.tasks import (
+from deqfusion.engine import (
     CheckpointError,
     FitOptions,
-    MultimodalClassifier,
     Rows,
     RunDirectory,
     TrainingDivergedError,
     fit,
 )
-from deqfusion.tasks.engine import HISTORY_COLUMNS
-from deqfusion.tasks.runs import read_tensors, write_tensors
+from deqfusion.engine.runs import read_tensors, write_tensors
+from deqfusion.engine.training import HISTORY_COLUMNS
+from deqfusion.models import MultimodalClassifier
 
 _OPTIONS = FitOptions(epochs=6, learning_rate=1e-2, batch_size=16, seed=3)
 # Seconds differ from run to run.

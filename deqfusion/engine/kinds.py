@@ -38,7 +38,7 @@ class Kind(ABC):
     def __call__(self, text: str) -> Any:
         try:
             value = self.parse(text)
-        except ValueError:
+        except (KeyError, ValueError):
             value = None
         if not self.accepts(value):
             raise argparse.ArgumentTypeError(f"got {text!r}, expected {self.expected}")
@@ -136,6 +136,21 @@ class OneOf(Kind):
 
 
 @dataclass(frozen=True)
+class Switch(Kind):
+    """True or false; as an argument, `--name` or `--no-name`."""
+
+    @property
+    def expected(self) -> str:
+        return "true or false"
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, bool)
+
+    def parse(self, text: str) -> bool:
+        return {"true": True, "false": False}[text]
+
+
+@dataclass(frozen=True)
 class FusionName(Kind):
     """A name for `build_fusion`, with a number of weight-tied steps that ends in finite time."""
 
@@ -167,7 +182,7 @@ class Sha256(Kind):
 
 @dataclass(frozen=True)
 class OrNull(Kind):
-    """Another kind, or nothing."""
+    """Another kind, or nothing; as an argument, `none`."""
 
     kind: Kind
 
@@ -179,4 +194,4 @@ class OrNull(Kind):
         return value is None or self.kind.accepts(value)
 
     def __call__(self, text: str) -> Any:
-        return self.kind(text)
+        return None if text == "none" else self.kind(text)

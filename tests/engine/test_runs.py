@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deqfusion.tasks.runs import (
+from deqfusion.engine.runs import (
     CheckpointError,
     RunDirectory,
     check_tensors,

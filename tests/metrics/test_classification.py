@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from deqfusion.tasks.metrics import classification_metrics, mean_and_error
+from deqfusion.metrics import classification_metrics, mean_and_error
 
 
 def test_two_classes():
