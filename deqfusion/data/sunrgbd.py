@@ -105,7 +105,7 @@ def find_scenes(
         labels: "v1" or "v2", the version of the boxes.
 
     Returns:
-        Scenes of `_train`, or all of `votenet_LABELS`; scenes of `_val`, or None where it is absent.
+        Scenes of `_train`, or all of `votenet_LABELS`; scenes of `_val`, or None without it.
 
     Raises:
         DataError: a missing folder or file, an empty split, a file that is cut short or holds
@@ -224,7 +224,7 @@ def read_scene(files: SceneFiles, image_size: tuple[int, int]) -> Scene:
     def decode() -> tuple[tuple[int, int], NDArray[np.uint8]]:
         with Image.open(files.image) as image:
             resized = image.convert("RGB").resize(image_size[::-1], Image.Resampling.BILINEAR)
-            return image.size, np.asarray(resized).transpose(2, 0, 1)
+            return image.size, np.array(resized).transpose(2, 0, 1).copy()
 
     size, image = _load(files.image, decode, "a whole JPEG image")
     pixels = project(points[:, :3], *read_calibration(files.calibration))
@@ -282,9 +282,11 @@ def _scenes_of(folder: Path, shots: Path) -> list[SceneFiles]:
     scenes = []
     for name in sorted(names):
         files = SceneFiles(
-            *(folder / f"{name}{suffix}" for suffix in suffixes),
-            shots / "calib" / f"{name}.txt",
-            shots / "image" / f"{name}.jpg",
+            points=folder / f"{name}_pc.npz",
+            votes=folder / f"{name}_votes.npz",
+            boxes=folder / f"{name}_bbox.npy",
+            calibration=shots / "calib" / f"{name}.txt",
+            image=shots / "image" / f"{name}.jpg",
         )
         for path in vars(files).values():
             if not path.is_file():
@@ -326,7 +328,7 @@ def _npz_length(path: Path, key: str, columns: int) -> int:
 def _read_npz(path: Path, key: str, columns: int) -> NDArray[Any]:
     def read() -> tuple[NDArray[Any] | None, list[str]]:
         with np.load(path, allow_pickle=False) as archive:
-            return archive[key] if key in archive else None, list(archive)
+            return archive.get(key), list(archive)
 
     values, names = _load(path, read, f"a whole .npz file with key {key!r}")
     _check_key(path, key, names, columns)

@@ -79,7 +79,9 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
         polygon = _cut(polygon, axis, sizes[1][..., axis] / 2)
     x, y = polygon.unbind(dim=-1)
     area = (x * y.roll(-1, -1) - x.roll(-1, -1) * y).sum(dim=-1).abs() / 2
-    tops = [boxes[..., 2] + size[..., 2] / 2 for boxes, size in zip((one, other), sizes, strict=True)]
+    tops = [
+        boxes[..., 2] + size[..., 2] / 2 for boxes, size in zip((one, other), sizes, strict=True)
+    ]
     bottoms = [top - size[..., 2] for top, size in zip(tops, sizes, strict=True)]
     height = (torch.minimum(*tops) - torch.maximum(*bottoms)).clamp(min=0)
     intersection = area * height

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class SmallCNN(nn.Module):
         self.width = width
         widths = (3, width // 4, width // 2, width)
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in pairwise(widths):
             for source, stride in ((before, 2), (after, 1)):
                 convolution = nn.Conv2d(source, after, 3, stride, padding=1, bias=False)
                 layers += [convolution, nn.GroupNorm(min(8, after // 2), after), nn.ReLU()]

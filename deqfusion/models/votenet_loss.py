@@ -12,9 +12,9 @@ nearest object, nothing's beyond 0.6 m, and unjudged between,
     residuals  Huber's loss, quadratic below 1
     others     cross entropies; objectness with weights 0.2 for nothing and 0.8 for an object
 
-Source: C. Qi et al., VoteNet, 2019, and its `loss_helper.py`. Differences: 1. each scene is averaged
-on its own, then scenes, so that a scene's part does not depend on those beside it; 2. rows that
-only pad the list of objects are no objects there either, but count as centres at the origin.
+Source: C. Qi et al., VoteNet, 2019, and its `loss_helper.py`. Differences: 1. each scene is
+averaged on its own, then scenes, so that a scene's part does not depend on those beside it; 2. rows
+that pad the list of objects have no centre; there it is the origin.
 """
 
 from __future__ import annotations
