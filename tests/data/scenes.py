@@ -26,14 +26,16 @@ def local(points, box):
 
 
 def make_points(boxes, count, generator):
-    """Two thirds of the points in boxes, the others on the floor: (count, 3)."""
+    """Two thirds of the points on the faces of boxes, the others on the floor: (count, 3)."""
     each = 0 if len(boxes) == 0 else 2 * count // (3 * len(boxes))
     parts = []
     for box in boxes:
-        inside = generator.uniform(-0.99, 0.99, (each, 3)) * box[3:6]
+        surface = generator.uniform(-0.99, 0.99, (each, 3))
+        surface[np.arange(each), np.arange(each) % 3] = generator.choice([-0.99, 0.99], each)
+        surface *= box[3:6]
         cosine, sine = np.cos(box[6]), np.sin(box[6])
         parts.append(
-            inside @ np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]]) + box[:3]
+            surface @ np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]]) + box[:3]
         )
     rest = count - each * len(boxes)
     floor = np.stack(

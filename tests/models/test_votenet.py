@@ -175,8 +175,7 @@ def test_losses_by_a_loop():
                 continue
             count += 1
             target, label = targets.boxes[scene, k], int(targets.classes[scene, k])
-            centers = targets.boxes[scene, : len(true), :3]
-            expected["center"] += (proposals.centers[scene, p] - centers).square().sum(1).min()
+            expected["center"] += (proposals.centers[scene, p] - target[:3]).square().sum()
             turned = target[6] % (2 * math.pi)
             heading = int((turned / (math.pi / 6) + 0.5) % 12)
             gap = (turned - heading * math.pi / 6 + math.pi) % (2 * math.pi) - math.pi
