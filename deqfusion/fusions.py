@@ -4,6 +4,10 @@ concat          W [x_1; ...; x_N] + b
 sum             x_1 + ... + x_N
 gated           sum_i sigmoid(W_i [x_1; ...; x_N] + b_i) * x_i: gates that see every modality
                 (Arevalo et al., Gated Multimodal Units, 2017)
+tensor          sum_r w_r prod_i (A_ir [x_i; 1]) + b: the product of all modalities, of low rank
+                (Z. Liu et al., Efficient Low-rank Multimodal Fusion, ACL 2018)
+attention       mean over i of x_i + MultiheadAttention(x)_i: modalities as tokens
+                (A. Vaswani et al., Attention Is All You Need, NeurIPS 2017)
 weight_tied:K   K steps of the equilibrium cell, with gradients through all of them
 deq             the equilibrium of that cell
 """
@@ -20,7 +24,7 @@ from .adjoint import Unroll
 from .module import DEQFusion
 from .solution import Equilibrium
 
-FUSION_NAMES = ("deq", "concat", "sum", "gated", "weight_tied:K")
+FUSION_NAMES = ("deq", "concat", "sum", "gated", "tensor", "attention", "weight_tied:K")
 
 
 class _Fusion(nn.Module):
@@ -96,6 +100,77 @@ class GatedFusion(_Fusion):
         return gated.sum(dim=-2)
 
 
+class TensorFusion(_Fusion):
+    """Low-rank tensor fusion: an elementwise product over modalities, summed over ranks.
+
+    Args:
+        dim, num_modalities: as in `ConcatFusion`.
+        rank: number of products, R >= 1.
+
+    Raises:
+        ValueError: a dimension or rank below 1; in the call, features of another number or shape.
+
+    Source: Z. Liu et al., "Efficient low-rank multimodal fusion with modality-specific factors",
+    ACL 2018. Difference: (1) factors begin with bias 1: products of N factors of zero mean would
+    begin, and stay, near 0.
+    """
+
+    def __init__(self, dim: int, num_modalities: int, rank: int = 4) -> None:
+        super().__init__(dim, num_modalities)
+        if rank < 1:
+            raise ValueError(f"rank: got {rank!r}, expected a whole number >= 1")
+        self.rank = rank
+        factors = [nn.Linear(dim, rank * dim) for _ in range(num_modalities)]
+        self.factors = nn.ModuleList(factors)
+        self.weights = nn.Parameter(torch.full((rank,), rank**-0.5))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        for factor in factors:
+            nn.init.ones_(factor.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+    def forward(self, features: Sequence[Tensor] | Tensor) -> Tensor:
+        """Fuse N tensors (..., d) into one (..., d)."""
+        parts = self._checked(features)
+        product: Tensor | None = None
+        for factor, part in zip(self.factors, parts, strict=True):
+            image = factor(part).unflatten(-1, (self.rank, self.dim))
+            product = image if product is None else product * image
+        return torch.einsum("...rd,r->...d", product, self.weights) + self.bias
+
+
+class AttentionFusion(_Fusion):
+    """Self-attention over the modalities as tokens, added to them, and averaged.
+
+    Args:
+        dim, num_modalities: as in `ConcatFusion`.
+        num_heads: of `torch.nn.MultiheadAttention`; divides `dim`.
+
+    Raises:
+        ValueError: a dimension below 1, or `dim` that `num_heads` does not divide; in the call,
+            features of another number or shape.
+
+    Each modality has a learned embedding, since attention does not tell tokens apart by place.
+    """
+
+    def __init__(self, dim: int, num_modalities: int, num_heads: int = 4) -> None:
+        super().__init__(dim, num_modalities)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads!r}, expected a divisor of dim = {dim}")
+        self.embedding = nn.Parameter(torch.randn(num_modalities, dim) * 0.02)
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+
+    def forward(self, features: Sequence[Tensor] | Tensor) -> Tensor:
+        """Fuse N tensors (..., d) into one (..., d)."""
+        tokens = torch.stack(self._checked(features), dim=-2)
+        leading = tokens.shape[:-2]
+        tokens = tokens.reshape(-1, self.num_modalities, self.dim)
+        keys = tokens + self.embedding
+        mixed, _ = self.attention(keys, keys, tokens, need_weights=False)
+        return (tokens + mixed).mean(dim=-2).reshape(*leading, self.dim)
+
+
 def fuse(
     fusion: nn.Module, features: Sequence[Tensor], *, trace: bool = False
 ) -> tuple[Tensor, Equilibrium | None]:
@@ -119,10 +194,12 @@ def build_fusion(name: str, dim: int, num_modalities: int, **options: Any) -> nn
     """Build a fusion by name.
 
     Args:
-        name: "deq", "concat", "sum", "gated" or "weight_tied:K" with a whole number K >= 1.
+        name: "deq", "concat", "sum", "gated", "tensor", "attention", or "weight_tied:K" with a
+            whole number K >= 1.
         dim: width d of features and result.
         num_modalities: N.
-        **options: those of `DEQFusion`; only for "deq" and, save `adjoint`, "weight_tied:K".
+        **options: those of `DEQFusion` for "deq" and, save `adjoint`, "weight_tied:K"; `rank` for
+            "tensor" and `num_heads` for "attention".
 
     Returns:
         A module that maps a sequence of N tensors (..., d), or one (N, ..., d), to (..., d).
@@ -136,6 +213,12 @@ def build_fusion(name: str, dim: int, num_modalities: int, **options: Any) -> nn
         if options:
             raise TypeError(f"fusion {name!r}: got options {sorted(options)}, expected none")
         return simple(dim, num_modalities)
+    if name in ("tensor", "attention"):
+        known = "rank" if name == "tensor" else "num_heads"
+        if options.keys() - {known}:
+            raise TypeError(f"fusion {name!r}: got options {sorted(options)}, expected {known!r}")
+        kind = TensorFusion if name == "tensor" else AttentionFusion
+        return kind(dim, num_modalities, **options)
     if name == "deq":
         return DEQFusion(dim, num_modalities, **options)
     if name.startswith("weight_tied:"):

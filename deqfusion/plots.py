@@ -200,14 +200,19 @@ def timing_bars(
     return figure
 
 
-def training_curves(history: Mapping[str, Sequence[float]], *, best_epoch: int) -> Figure:
-    """Draw losses, validation accuracy and, where there is a solve, its steps.
+def training_curves(
+    history: Mapping[str, Sequence[float]], *, best_epoch: int, selection: str = "loss"
+) -> Figure:
+    """Draw losses, a validation metric and, where there is a solve, its steps.
 
     Args:
-        history: columns `epoch`, `train_loss`, `validation_loss`, `validation_accuracy`, `steps`
-            (NaN without a solve), each with one value per epoch.
+        history: columns `epoch`, `train_loss`, `steps` (NaN without a solve) and
+            `validation_NAME` of each metric, `loss` perhaps among them; one value per epoch.
         best_epoch: marked with a line.
+        selection: name of the metric that chose it, which is drawn; "loss": the first other one.
     """
+    names = [name.removeprefix("validation_") for name in history if name.startswith("validation_")]
+    metric = next((name for name in [selection, *names] if name != "loss"), "loss")
     epochs = np.asarray(history["epoch"])
     steps = np.asarray(history["steps"], dtype=float)
     solves = bool(np.isfinite(steps).any())
@@ -215,11 +220,12 @@ def training_curves(history: Mapping[str, Sequence[float]], *, best_epoch: int) 
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(1, 3 if solves else 2)
     all_axes[0].plot(epochs, history["train_loss"], color=GREY, label="training", linestyle="--")
-    all_axes[0].plot(epochs, history["validation_loss"], color=BLUE, label="validation")
+    if "loss" in names:
+        all_axes[0].plot(epochs, history["validation_loss"], color=BLUE, label="validation")
     all_axes[0].set_ylabel("loss")
     all_axes[0].legend(frameon=False)
-    all_axes[1].plot(epochs, history["validation_accuracy"], color=BLUE)
-    all_axes[1].set_ylabel("validation accuracy")
+    all_axes[1].plot(epochs, history[f"validation_{metric}"], color=BLUE)
+    all_axes[1].set_ylabel(f"validation {metric.replace('_', ' ')}")
     if solves:
         all_axes[2].plot(epochs, steps, color=BLUE)
         all_axes[2].set_ylabel("mean steps of the solve")

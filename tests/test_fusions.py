@@ -77,7 +77,7 @@ def test_deq_takes_options():
     assert (again - equilibrium.state).norm() < 1e-4 * again.norm()
 
 
-@pytest.mark.parametrize("name", ["attention", "", "weight_tied", "DEQ"])
+@pytest.mark.parametrize("name", ["magic", "", "weight_tied", "DEQ"])
 def test_unknown_name(name):
     with pytest.raises(ValueError, match=f"got '{name}', expected one of deq, concat, sum, gated"):
         build_fusion(name, 8, 2)

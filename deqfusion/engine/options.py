@@ -45,18 +45,41 @@ _FUSION: dict[str, Field] = {
     "heads": Field(WholeNumber(1, 1024), 4, "of attention fusion", "fusion"),
 }
 
-#: The engine's options, in the order in which they are checked and listed.
-ENGINE_FIELDS: dict[str, Field] = {
-    **_FUSION,
+_OPTIMISATION: dict[str, Field] = {
     "epochs": Field(WholeNumber(1, 1_000_000), 50, "passes over the data", "training", fixed=False),
     "seed": Field(SEED, 0, "of parameters, order and dropout", "training"),
     "batch_size": Field(OrNull(WholeNumber(1)), None, "samples a step; none: all", "training"),
+    "optimizer": Field(OneOf(("adamw", "adam", "sgd")), "adamw", "what steps", "training"),
     "learning_rate": Field(_POSITIVE, 1e-3, "the highest of the schedule", "training"),
-    "weight_decay": Field(RealNumber(0.0), 0.0, "decoupled but for sgd and adam", "training"),
+    "fusion_rate": Field(_POSITIVE, 1.0, "factor on the fusion's learning rate", "training"),
+    "momentum": Field(_SHARE, 0.9, "of sgd, Nesterov's", "training"),
+    "weight_decay": Field(RealNumber(0.0), 0.0, "decoupled for adamw", "training"),
+    "schedule": Field(OneOf(("constant", "cosine", "step")), "constant", "of the rate", "training"),
+    "warmup": Field(RealNumber(0.0), 0.0, "epochs in which the rate rises from 0", "training"),
+    "step_epochs": Field(WholeNumber(1), 30, "epochs between steps of schedule step", "training"),
+    "step_factor": Field(RealNumber(0.0, above=True), 0.1, "of each such step", "training"),
+    "clip_norm": Field(OrNull(_POSITIVE), 1.0, "largest norm of a gradient", "training"),
     "jacobian_weight": Field(
-        OrNull(RealNumber(0.0)), None, "of the Jacobian penalty of deq", "training"
+        OrNull(RealNumber(0.0)), None, "of the Jacobian penalty, with deq", "training"
+    ),
+    "early_stopping": Field(
+        WholeNumber(0), 0, "epochs without a better one until it ends; 0: never", "training"
     ),
 }
+
+_MACHINE: dict[str, Field] = {
+    "amp": Field(OneOf(("off", "bfloat16", "float16")), "off", "autocast of the model", "machine"),
+    "compile": Field(Switch(), False, "run the model by torch.compile", "machine", fixed=False),
+    "deterministic": Field(Switch(), False, "only operators that repeat to the bit", "machine"),
+    "device": Field(OneOf(("auto", "cpu", "cuda")), "auto", "what computes", "machine", False),
+    "strategy": Field(
+        OneOf(("single", "ddp", "fsdp")), "single", "ddp, fsdp: under torchrun", "machine", False
+    ),
+    "workers": Field(WholeNumber(0, 256), 0, "processes that read batches", "machine", False),
+}
+
+#: The engine's options, in the order in which they are checked and listed.
+ENGINE_FIELDS: dict[str, Field] = {**_FUSION, **_OPTIMISATION, **_MACHINE}
 
 
 def configured_fusion(config: Config, num_modalities: int, dim: int | None = None) -> nn.Module:
@@ -81,6 +104,10 @@ def configured_fusion(config: Config, num_modalities: int, dim: int | None = Non
         options |= {"dropout": config["fusion_dropout"], "solver": _solver(config)}
     if name == "deq":
         options["adjoint"] = _adjoint(config)
+    if name == "tensor":
+        options = {"rank": config["rank"]}
+    if name == "attention":
+        options = {"num_heads": config["heads"]}
     return build_fusion(name, config["dim"] if dim is None else dim, num_modalities, **options)
 
 

@@ -31,6 +31,19 @@ from .kinds import Kind
 Config = Mapping[str, Any]
 
 
+class OptionError(ValueError):
+    """An option does not fit the data; raised by `Recipe.load`, and said with the option's place.
+
+    Args:
+        name: the option.
+        message: what was got and expected.
+    """
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"{name}: {message}")
+        self.name, self.message = name, message
+
+
 class Objective(NamedTuple):
     """What a batch gives in training.
 
@@ -130,6 +143,13 @@ class Recipe(ABC):
         """
         return None
 
+    def defaults_for(self, options: Config) -> Mapping[str, Any]:
+        """Return defaults, given the options that were asked for; here always `defaults`.
+
+        For a task whose hosts were published with schedules of their own.
+        """
+        return self.defaults
+
     @abstractmethod
     def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
         """Read the data.
@@ -144,6 +164,7 @@ class Recipe(ABC):
 
         Raises:
             DataError: a file is missing or not what it should be, a split is empty.
+            OptionError: an option does not fit the data.
         """
 
     @abstractmethod

@@ -1,9 +1,9 @@
 """The folder of a training run: configuration, checkpoint, finished model, log.
 
     config.json              what was asked for last; written before anything else
-    checkpoint.safetensors   parameters, best parameters, optimiser, random state, history
-    model.safetensors        the chosen epoch's parameters, and what the task needs beside them
-    log.csv                  one row per epoch
+    checkpoint.safetensors   parameters, best parameters, optimiser, history
+    model.safetensors        the chosen epoch's parameters and buffers
+    log.csv                  one row per epoch; tensorboard: the same as events
 
 Only JSON and safetensors are read back, so that a checkpoint from elsewhere cannot execute code.
 The header of a safetensors file holds a SHA-256 of its tensors, which is compared when they are
@@ -19,7 +19,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 CONFIG_FORMAT = "deqfusion-run"
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 _TEMPORARY = ".tmp"
 _DIGEST = "sha256:"
 
@@ -46,7 +46,7 @@ class RunDirectory:
 
     Attributes:
         path: the folder.
-        config, checkpoint, model, log: paths of its files.
+        config, checkpoint, model, log, metrics, curves: paths of its files; events: a folder.
         started: whether `open` started the run, rather than found it.
     """
 
@@ -56,6 +56,9 @@ class RunDirectory:
         self.checkpoint = self.path / "checkpoint.safetensors"
         self.model = self.path / "model.safetensors"
         self.log = self.path / "log.csv"
+        self.metrics = self.path / "metrics.json"
+        self.curves = self.path / "curves.png"
+        self.events = self.path / "tensorboard"
         self.started = False
         self._asked: dict[str, Any] = {}
         self._whole: RunDirectory | None = None
@@ -67,6 +70,7 @@ class RunDirectory:
         config: Mapping[str, Any],
         *,
         resume: bool,
+        free: Collection[str] = ("epochs",),
         part_of: RunDirectory | None = None,
     ) -> RunDirectory:
         """Start a run in an empty folder, or go on with the one that is there.
@@ -74,9 +78,10 @@ class RunDirectory:
         Args:
             path: the folder; made where it is missing.
             config: what the run is asked to do, JSON values. When resuming it must equal the
-                stored one but for `epochs`, which may change; the stored one stays as it is until
+                stored one but for what is `free`; the stored one stays as it is until
                 `write_config`.
             resume: continue the run in `path`, or start one where there is none yet.
+            free: keys that a resumed run may have other values of.
             part_of: the run of several splits of which this one is a split.
 
         Raises:
@@ -94,7 +99,7 @@ class RunDirectory:
                 "(or --resume, to continue the run in it)"
             )
         if occupant is not None:
-            _check_same(run.config, read_config(run.path), config)
+            _check_same(run.config, read_config(run.path), config, free)
             return run
         run.path.mkdir(parents=True, exist_ok=True)
         run.write_config()
@@ -110,6 +115,10 @@ class RunDirectory:
             self._whole.write_config()
         asked = {"format": CONFIG_FORMAT, "version": CONFIG_VERSION, **self._asked}
         write_json(self.config, asked)
+
+    def write_checkpoint(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the checkpoint."""
+        write_tensors(self.checkpoint, "checkpoint", tensors)
 
     def write_log(self, columns: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
         """Write the whole CSV log, replacing what is there."""
@@ -266,10 +275,12 @@ def _occupant(folder: Path) -> Path | None:
     return next(iter(entries), None)
 
 
-def _check_same(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _check_same(
+    path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any], free: Collection[str]
+) -> None:
     # Through JSON, since a tuple comes back as a list.
     asked = json.loads(json.dumps(dict(asked)))
-    for key in sorted((stored.keys() | asked.keys()) - {"format", "version", "epochs"}):
+    for key in sorted((stored.keys() | asked.keys()) - {"format", "version", *free}):
         if stored.get(key) != asked.get(key):
             raise CheckpointError(
                 f"{path}: the run has {key} = {stored.get(key)!r}, expected {asked.get(key)!r} "

@@ -1,5 +1,7 @@
 """Host networks: encoders around a fusion, and a head; no reading of files, no training."""
 
 from .classifier import ClassifierOutput, MultimodalClassifier
+from .dynamics import MultimodalDynamics
+from .scaling import InputScaling
 
-__all__ = ["ClassifierOutput", "MultimodalClassifier"]
+__all__ = ["ClassifierOutput", "InputScaling", "MultimodalClassifier", "MultimodalDynamics"]

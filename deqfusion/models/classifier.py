@@ -1,4 +1,4 @@
-"""Encoders, a fusion and a linear head: the model of the classification tasks.
+"""Encoders, a fusion and a linear head: the plain host of the classification tasks.
 
     x_i (rows, width_i) -> ReLU(LayerNorm(Linear)), dropout -> (rows, dim)
     --fusion-->  (rows, dim) -> logits
@@ -17,18 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ..adjoint import Implicit
-from ..fusions import build_fusion
-from ..module import DEQFusion
+from ..fusions import build_fusion, fuse
 from ..solution import Equilibrium
 from ..solvers import Anderson
 
 
 class ClassifierOutput(NamedTuple):
-    """Result of a `MultimodalClassifier`.
+    """Result of a classifier.
 
     Attributes:
         logits: (rows, classes).
-        features: the encoded modalities, each (rows, dim).
+        features: what was fused, each (rows, dim).
         equilibrium: the fusion's solution, where the fusion has one.
     """
 
@@ -38,15 +37,17 @@ class ClassifierOutput(NamedTuple):
 
 
 class MultimodalClassifier(nn.Module):
-    """One encoder per modality, a fusion by name, a linear head.
+    """One encoder per modality, a fusion, a linear head.
 
     Args:
         input_widths: features of each modality.
         num_classes: classes to tell apart.
         dim: width of the encoded features.
-        fusion: a name for `build_fusion`.
+        fusion: a module that maps N tensors (rows, dim) to one, or a name for `build_fusion`.
         dropout: after each encoder.
-        tol: relative tolerance of the equilibrium and of its adjoint; only for fusion "deq".
+        tol: relative tolerance of the equilibrium and of its adjoint; only for fusion "deq" by
+            name.
+        scaling: of the inputs; None: none.
 
     Raises:
         ValueError: an unknown fusion, or dimensions that it does not accept.
@@ -58,21 +59,26 @@ class MultimodalClassifier(nn.Module):
         num_classes: int,
         *,
         dim: int,
-        fusion: str = "deq",
+        fusion: str | nn.Module = "deq",
         dropout: float = 0.0,
         tol: float = 1e-3,
+        scaling: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes: got {num_classes}, expected a number >= 2")
+        self.scaling = scaling
         self.encoders = nn.ModuleList(
             nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(dropout))
             for width in input_widths
         )
-        options = {}
-        if fusion == "deq":
-            options = {"solver": Anderson(tol=tol), "adjoint": Implicit(solver=Anderson(tol=tol))}
-        self.fusion = build_fusion(fusion, dim, len(input_widths), **options)
+        if isinstance(fusion, str):
+            options = {}
+            if fusion == "deq":
+                solver = Anderson(tol=tol)
+                options = {"solver": solver, "adjoint": Implicit(solver=solver)}
+            fusion = build_fusion(fusion, dim, len(input_widths), **options)
+        self.fusion = fusion
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, inputs: Sequence[Tensor], *, trace: bool = False) -> ClassifierOutput:
@@ -85,12 +91,12 @@ class MultimodalClassifier(nn.Module):
         Returns:
             ClassifierOutput.
         """
+        if self.scaling is not None:
+            inputs = self.scaling(inputs)
         pairs = zip(self.encoders, inputs, strict=True)
         features = tuple(encoder(view) for encoder, view in pairs)
-        if isinstance(self.fusion, DEQFusion):
-            equilibrium = self.fusion.equilibrium(features, trace=trace)
-            return ClassifierOutput(self.head(equilibrium.fused), features, equilibrium)
-        return ClassifierOutput(self.head(self.fusion(features)), features, None)
+        fused, equilibrium = fuse(self.fusion, features, trace=trace)
+        return ClassifierOutput(self.head(fused), features, equilibrium)
 
     @torch.no_grad()
     def predict(self, inputs: Sequence[Tensor]) -> Tensor:

@@ -7,15 +7,19 @@ makes it a command.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 from typing import Any
 
-from ..engine import Recipe
+from ..engine import Recipe, command
 
 __all__ = ["TASKS", "get_recipe", "register_commands"]
 
 #: Name of each task: the module of this package whose `RECIPES` has it.
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "rosmap": "omics",
+    "brca": "omics",
+}
 
 
 def get_recipe(name: str) -> Recipe:
@@ -34,7 +38,7 @@ def register_commands(subparsers: Any) -> None:
 
     Each sets the default `run`, a function of the parsed arguments that returns an exit code.
     """
-    from . import demo, rosmap
+    from . import demo
 
     parser = _add(subparsers, "demo", "train, compare and time fusions on handwritten digits")
     demo.add_arguments(parser)
@@ -42,14 +46,15 @@ def register_commands(subparsers: Any) -> None:
 
     train = _add(subparsers, "train", "train a model on a task's data")
     tasks = train.add_subparsers(dest="task", metavar="TASK", required=True)
-    help_line = "omics data in MOGONET's layout: ROSMAP, BRCA and others"
-    parser = _add(tasks, "rosmap", help_line)
-    rosmap.add_arguments(parser)
-    parser.set_defaults(run=rosmap.run)
+    for name in TASKS:
+        recipe = get_recipe(name)
+        parser = _add(tasks, name, recipe.help)
+        command.add_train_arguments(parser, recipe)
+        parser.set_defaults(run=functools.partial(command.run_train, recipe=recipe))
 
     parser = _add(subparsers, "evaluate", "evaluate a checkpoint on the test rows of a folder")
-    rosmap.add_evaluate_arguments(parser)
-    parser.set_defaults(run=rosmap.run_evaluate)
+    command.add_evaluate_arguments(parser)
+    parser.set_defaults(run=functools.partial(command.run_evaluate, get_recipe=get_recipe))
 
 
 def _add(subparsers: Any, name: str, help_line: str) -> argparse.ArgumentParser:

@@ -17,24 +17,24 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import DIGITS_MODALITIES, DigitsPart, load_digits
+from ..data import DIGITS_MODALITIES, DigitsPart, LabelledModalities, load_digits
+from ..engine import Config, Field, FitResult, Splits, TensorSamples, checked, data_sha256, fit
 from ..engine.kinds import RealNumber, WholeNumber
 from ..engine.runs import write_atomically, write_json
-from ..engine.training import HISTORY_COLUMNS, FitOptions, FitResult, Rows, fit
-from ..metrics import classification_metrics
-from ..models.classifier import MultimodalClassifier
+from ..models import MultimodalClassifier
 from ..module import DEQFusion
 from ..ops import checked_implementation
 from ..solution import Equilibrium
 from ..solvers import Anderson, Picard
+from .classification import Classification, samples
 from .comparison import FUSIONS, Comparison, DemoOptions
 
 _CLASSES = 10
@@ -155,64 +155,87 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+class _Digits(Classification):
+    """The digits as a task, of which the demonstration draws the data itself."""
+
+    name = "digits"
+    help = "handwritten digits of which one modality is noise"
+    fields: ClassVar[Mapping[str, Field]] = {
+        **Classification.fields,
+        "noise": Field(RealNumber(0.0), 3.0, "of the noisy modality, in standard deviations"),
+    }
+
+    def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
+        data = load_digits(config["seed"], noise=config["noise"])
+        parts = [data.train, data.validation, data.test]
+        facts = {
+            "input_widths": [view.shape[1] for view in data.train.modalities],
+            "num_classes": _CLASSES,
+            "data_sha256": data_sha256(view for part in parts for view in part.modalities),
+        }
+        return Splits(*map(_samples, parts)), facts
+
+    def prepare(self, model: nn.Module, splits: Splits, config: Config) -> None:
+        """Leave the features as they are: pixels of unit scale."""
+
+
+_RECIPE = _Digits()
+
+
 def _train(seed: int, name: str, options: DemoOptions) -> _Run:
-    data = load_digits(seed, noise=options.noise)
-    parts = {part: _rows(getattr(data, part)) for part in ("train", "validation", "test")}
-    rate, model, result = _fit_best(parts, name, seed, options)
-    probabilities = model.predict(parts["test"].inputs).double().numpy()
-    metrics = classification_metrics(probabilities, data.test.labels)
-    history = dict(zip(HISTORY_COLUMNS, result.history.T, strict=True))
+    splits, facts = _RECIPE.load(Path(), {"seed": seed, "noise": options.noise})
+    config, model, result = _fit_best(splits, facts, name, seed, options)
+    test = cast(TensorSamples, splits.test)
+    metrics = _RECIPE.metrics([_RECIPE.predict(model.eval(), test.data)])
     record = {
         "fusion": name,
         "seed": seed,
         "accuracy": metrics["accuracy"],
         "f1_macro": metrics["f1_macro"],
-        "learning_rate": rate,
+        "learning_rate": config["learning_rate"],
         "best_epoch": result.best_epoch,
         "parameters": sum(p.numel() for p in model.fusion.parameters()),
-        "step_seconds": float(np.median(history["step_seconds"])),
-        "steps": float(history["steps"].mean()),
-        "converged": float(history["converged"].mean()),
+        "step_seconds": float(np.median(result.column("step_seconds"))),
+        "steps": float(result.column("steps").mean()),
+        "converged": float(result.column("converged").mean()),
     }
     if name != "deq":
         return _Run(record)
-    untrained = _model(parts, name, seed, options)
+    data = load_digits(seed, noise=options.noise)
+    untrained = _model(config)
     weights = mean_weights(untrained, data.test), mean_weights(model, data.test)
-    return _Run(record, weights, convergence(model, parts["test"].inputs))
+    return _Run(record, weights, convergence(model, test.data[0]))
 
 
-def _model(
-    parts: Mapping[str, Rows], name: str, seed: int, options: DemoOptions
-) -> MultimodalClassifier:
+def _model(config: Config) -> MultimodalClassifier:
     """A new model; the same seed gives the same encoders and head to every fusion."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MultimodalClassifier(
-            [view.shape[1] for view in parts["train"].inputs],
-            _CLASSES,
-            dim=options.dim,
-            fusion=name,
-            dropout=options.dropout,
-            tol=options.tol,
-        )
+        torch.manual_seed(config["seed"])
+        return cast(MultimodalClassifier, _RECIPE.build(config))
 
 
 def _fit_best(
-    parts: Mapping[str, Rows], name: str, seed: int, options: DemoOptions
-) -> tuple[float, MultimodalClassifier, FitResult]:
-    """Train with every learning rate; that of the lowest validation loss, its model and result."""
+    splits: Splits, facts: Config, name: str, seed: int, options: DemoOptions
+) -> tuple[Config, MultimodalClassifier, FitResult]:
+    """Train with every learning rate; configuration, model and result of the best one."""
     runs = []
     for rate in options.learning_rates:
-        model = _model(parts, name, seed, options)
-        fit_options = FitOptions(
-            epochs=options.epochs,
-            learning_rate=rate,
-            batch_size=options.batch_size,
-            seed=seed,
-            jacobian_weight=options.jacobian_weight if name == "deq" else 0.0,
-        )
-        runs.append((rate, model, fit(model, parts["train"], parts["validation"], fit_options)))
-    return min(runs, key=lambda run: run[2].validation_loss)
+        asked = {
+            "fusion": name,
+            "dim": options.dim,
+            "dropout": options.dropout,
+            "tol": options.tol,
+            "epochs": options.epochs,
+            "learning_rate": rate,
+            "batch_size": options.batch_size,
+            "seed": seed,
+            "jacobian_weight": options.jacobian_weight if name == "deq" else 0.0,
+            "noise": options.noise,
+        }
+        config = {**checked(_RECIPE, asked), **facts}
+        model = _model(config)
+        runs.append((config, model, fit(_RECIPE, model, splits, config)))
+    return min(runs, key=lambda run: run[2].validation["loss"])
 
 
 @torch.no_grad()
@@ -227,7 +250,7 @@ def mean_weights(model: MultimodalClassifier, part: DigitsPart) -> NDArray[np.fl
         (N, N), rows summing to 1; row: the noisy modality, column: whose weight.
     """
     model.eval()
-    solution = model(_rows(part).inputs).equilibrium
+    solution = model(_samples(part).data[0]).equilibrium
     fusion = cast(DEQFusion, model.fusion)
     weights = fusion.modality_weights(cast(Equilibrium, solution)).double().numpy()
     groups = range(len(part.modalities))
@@ -282,9 +305,9 @@ def time_fusion(*, progress: bool = False) -> list[dict[str, Any]]:
     ]
 
 
-def _rows(part: DigitsPart) -> Rows:
-    inputs = tuple(torch.from_numpy(view) for view in part.modalities)
-    return Rows(inputs, torch.from_numpy(part.labels))
+def _samples(part: DigitsPart) -> TensorSamples:
+    modalities = tuple(view.astype(np.float64) for view in part.modalities)
+    return samples(LabelledModalities(modalities, part.labels))
 
 
 def _record(comparison: Comparison, timings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def test_resume_starts_a_run_where_there_is_none(tmp_path):
         ("{", "is not JSON"),
         ("[]", "expected a JSON object with"),
         ('{"format": "other"}', "expected a JSON object with"),
-        ('{"format": "deqfusion-run", "version": 99}', "got version 99, expected 1"),
+        ('{"format": "deqfusion-run", "version": 99}', "got version 99, expected 2"),
     ],
 )
 def test_foreign_configuration(tmp_path, text, message):
@@ -126,7 +126,7 @@ def test_foreign_tensors(tmp_path):
     with pytest.raises(CheckpointError, match="got format '' in its header, expected 'deqfus"):
         read_tensors(path, "model")
     write_tensors(path, "model", {"a": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="got format 'deqfusion-model-1'"):
+    with pytest.raises(CheckpointError, match="got format 'deqfusion-model-2'"):
         read_tensors(path, "checkpoint")
 
 

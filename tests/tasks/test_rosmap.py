@@ -16,7 +16,8 @@ import torch
 
 from deqfusion.cli import main
 from deqfusion.data import load_mogonet
-from deqfusion.engine.runs import read_tensors
+from deqfusion.engine.runs import read_config, read_tensors
+from deqfusion.tasks.omics import Rosmap
 
 _SHARED = Path(
     os.environ.get("DEQFUSION_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -52,7 +53,7 @@ def _contents(path):
 def _curve(out):
     with (out / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
-    return [{key: value for key, value in row.items() if key != "step_seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
 
 
 def _same_model(one, two):
@@ -61,7 +62,8 @@ def _same_model(one, two):
 
 
 def test_run_writes_model_metrics_log_and_curves(finished):
-    assert set(_contents(finished)) == {
+    files = {name for name in _contents(finished) if not name.startswith("tensorboard")}
+    assert files == {
         "checkpoint.safetensors",
         "config.json",
         "curves.png",
@@ -70,7 +72,10 @@ def test_run_writes_model_metrics_log_and_curves(finished):
         "model.safetensors",
     }
     metrics = json.loads((finished / "metrics.json").read_text())
-    assert set(metrics) == {"accuracy", "f1", "auc", "epochs", "best_epoch"}
+    of_training = {"validation", "epochs", "best_epoch", "parameters", "training_seconds"}
+    assert set(metrics) == {"loss", "accuracy", "f1", "auc", *of_training}
+    best = _curve(finished)[metrics["best_epoch"] - 1]
+    assert metrics["validation"]["auc"] == float(best["validation_auc"])
     assert len(_curve(finished)) == metrics["epochs"] == 3
 
 
@@ -87,7 +92,7 @@ def test_evaluate_prints_json(folder, finished, capsys):
     printed = json.loads(capsys.readouterr().out)
     metrics = json.loads((finished / "metrics.json").read_text())
     assert printed == {"rows": "test rows"} | {
-        key: metrics[key] for key in ("accuracy", "f1", "auc")
+        key: metrics[key] for key in ("loss", "accuracy", "f1", "auc")
     }
 
 
@@ -111,7 +116,7 @@ def test_scaling_is_that_of_the_rows_trained_on(folder, finished):
     tensors = read_tensors(finished / "model.safetensors", "model")
     train = load_mogonet(folder, [1, 2]).train
     # 32 of 40 rows are trained on: their range lies within that of all.
-    low = tensors["scaling/minimum/0"].numpy()
+    low = tensors["model/scaling.shift_0"].numpy()
     assert (low >= train.modalities[0].min(axis=0)).all()
     assert (low > train.modalities[0].min(axis=0)).any()
 
@@ -133,7 +138,9 @@ def test_same_seed_same_curve_other_seed_another(folder, finished, tmp_path):
     assert _curve(tmp_path / "other") != _curve(finished)
 
 
-@pytest.mark.parametrize("fusion", ["concat", "sum", "gated", "weight_tied:2"])
+@pytest.mark.parametrize(
+    "fusion", ["concat", "sum", "gated", "tensor", "attention", "weight_tied:2"]
+)
 def test_every_fusion_trains_and_evaluates(folder, tmp_path, fusion):
     assert _train(folder, tmp_path / "out", "--fusion", fusion) == 0
     assert _evaluate(folder, tmp_path / "out") == 0
@@ -172,7 +179,7 @@ def test_repeated_splits(folder, tmp_path, capsys):
 def test_one_split_has_no_standard_error(folder, tmp_path, capsys):
     assert _train(folder, tmp_path / "out", "--splits", "1") == 0
     printed = capsys.readouterr().out
-    assert "1 stratified split," in printed
+    assert "1 split: 32 training, 8 validation, 20 test samples" in printed
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert f"accuracy  {metrics['accuracy']['mean']:.3f}\n" in printed
     assert metrics["accuracy"]["standard_error"] is None
@@ -186,6 +193,45 @@ def test_more_than_two_classes(folder, tmp_path):
     assert _train(data, tmp_path / "out") == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {"f1_macro", "f1_weighted", "auc_macro", "auc_weighted"} < set(metrics)
+
+
+def test_options_from_a_file_and_arguments_before_them(folder, tmp_path, capsys):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('task = "rosmap"\nepochs = 2\n[fusion]\nfusion = "sum"\nclip_norm = "none"\n')
+    out = tmp_path / "out"
+    options = ["--data-dir", str(folder), "--modalities", "1,2", "--config", str(recipe)]
+    assert main(["train", "rosmap", *options, "--out", str(out), "--dim", "8"]) == 0
+    config = read_config(out)
+    assert (config["epochs"], config["fusion"], config["dim"]) == (2, "sum", 8)
+    assert config["clip_norm"] is None
+    assert config["learning_rate"] == Rosmap.defaults["learning_rate"]
+    again = tmp_path / "again"
+    assert main(["train", "rosmap", *options, "--out", str(again), "--epochs", "1"]) == 0
+    assert read_config(again)["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs = 0", "recipe.toml: epochs: got 0, expected a whole number from 1"),
+        ("epoch = 3", "recipe.toml: 'epoch': is unknown, expected only modalities"),
+        ("epochs = ", "recipe.toml: is not TOML"),
+        ("[a]\ndim = 8\n[b]\ndim = 8", "recipe.toml: dim: is given twice"),
+        ('task = "brca"', "recipe.toml: task: is another one, expected 'rosmap'"),
+        ("dim = 30", "recipe.toml: dim: got 30, expected a multiple of 4"),
+        (None, "recipe.toml: cannot be read"),
+    ],
+)
+def test_unusable_file_of_options(folder, tmp_path, capsys, text, message):
+    recipe = tmp_path / "recipe.toml"
+    if text is not None:
+        recipe.write_text(text)
+    options = ["--data-dir", str(folder), "--out", str(tmp_path / "out"), "--config", str(recipe)]
+    assert main(["train", "rosmap", *options, "--modalities", "1,2"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not (tmp_path / "out").exists()
 
 
 def _refused(capsys, code, message, before, out):
@@ -294,7 +340,7 @@ def test_evaluate_needs_a_finished_run_and_fitting_data(folder, finished, tmp_pa
     for part in ("tr", "te"):
         shutil.copy(data / f"1_{part}.csv", data / f"2_{part}.csv")
     assert _evaluate(data, finished) == 2
-    assert "the model takes [6, 5] features" in capsys.readouterr().err
+    assert "input_widths = [6, 5], expected [6, 6] as in" in capsys.readouterr().err
 
 
 def test_missing_data_creates_nothing(tmp_path, capsys):
@@ -310,6 +356,12 @@ def test_missing_data_creates_nothing(tmp_path, capsys):
     "option",
     [
         ["--epochs", "0"],
+        ["--fusion", "magic"],
+        ["--fusion", "weight_tied:0"],
+        ["--fusion", "weight_tied:1001"],
+        ["--optimizer", "newton"],
+        ["--clip-norm", "0"],
+        ["--jacobian-weight", "inf"],
         ["--tol", "0"],
         ["--dropout", "1"],
         ["--splits", "-1"],
@@ -334,10 +386,9 @@ def test_bad_arguments(folder, tmp_path, capsys, option):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--fusion", "magic"], "fusion: got 'magic', expected one of deq, concat"),
-        (["--fusion", "weight_tied:0"], "fusion: got 'weight_tied:0', expected"),
-        (["--fusion", "sum", "--jacobian-weight", "1"], "jacobian_weight: got 1.0"),
-        (["--fusion", "weight_tied:1001"], "--fusion: got 'weight_tied:1001', expected"),
+        (["--fusion", "sum", "--jacobian-weight", "1"], "--jacobian-weight: got 1 with fusion"),
+        (["--fusion", "attention", "--dim", "30"], "--dim: got 30, expected a multiple of the 4"),
+        (["--tol-start", "1e-3"], "--tol-start: got 0.001, expected at least tol 0.01"),
         (["--dim", "30"], "--dim: got 30, expected a multiple of 4 for fusion 'deq'"),
     ],
 )

@@ -1,0 +1,154 @@
+"""What the tasks share whose samples are rows of several modalities with one class each."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..data import DataError, LabelledModalities, stratified_holdout
+from ..engine import (
+    Config,
+    Field,
+    Objective,
+    OptionError,
+    Recipe,
+    Splits,
+    TensorSamples,
+    configured_fusion,
+)
+from ..engine.kinds import Kind, OneOf, RealNumber, Sha256, WholeNumber, WholeNumbers
+from ..metrics import classification_metrics
+from ..models import (
+    ClassifierOutput,
+    InputScaling,
+    MultimodalClassifier,
+    MultimodalDynamics,
+)
+from ..module import DEQFusion
+
+# Of a scaled value: LayerNorm squares what the encoder makes of it, and float32 ends at 3e38.
+_LARGEST = 1e17
+
+VALIDATION_FRACTION = Field(
+    RealNumber(0.0, above=True, below=1.0), 0.2, "of the training rows, to choose the epoch"
+)
+HOST = Field(OneOf(("plain", "dynamics")), "plain", "encoders and a head, or Multimodal Dynamics'")
+
+
+class Classification(Recipe, ABC):
+    """Rows of modalities to classes, by the plain host or Multimodal Dynamics'.
+
+    A batch is (inputs, labels): float64 (B, width_i) of each modality, and int64 (B,).
+    """
+
+    fields: ClassVar[Mapping[str, Field]] = {
+        "host": HOST,
+        "validation_fraction": VALIDATION_FRACTION,
+    }
+    facts: ClassVar[Mapping[str, Kind]] = {
+        "input_widths": WholeNumbers(1, 10_000_000),
+        "num_classes": WholeNumber(2, 100_000),
+        "data_sha256": Sha256(),
+    }
+    #: How inputs are scaled, by the rows that are trained on; see `InputScaling`.
+    scaling: ClassVar[str] = "minmax"
+
+    def build(self, config: Config) -> nn.Module:
+        widths = config["input_widths"]
+        host = MultimodalDynamics if config["host"] == "dynamics" else MultimodalClassifier
+        return host(
+            widths,
+            config["num_classes"],
+            dim=config["dim"],
+            fusion=configured_fusion(config, len(widths)),
+            dropout=config["dropout"],
+            scaling=InputScaling(widths, self.scaling),
+        )
+
+    def prepare(self, model: nn.Module, splits: Splits, config: Config) -> None:
+        inputs, _ = cast(TensorSamples, splits.train).data
+        cast(InputScaling, model.scaling).fit(inputs)
+
+    def objective(self, model: nn.Module, batch: Any) -> Objective:
+        inputs, labels = batch
+        if isinstance(model, MultimodalDynamics):
+            loss, output = model.loss(inputs, labels)
+        else:
+            output = model(inputs)
+            loss = nn.functional.cross_entropy(output.logits, labels)
+        fusion = model.fusion
+        return Objective(
+            loss,
+            output.equilibrium,
+            output.features,
+            fusion if isinstance(fusion, DEQFusion) else None,
+        )
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        inputs, labels = batch
+        output: ClassifierOutput = model(inputs)
+        return output.logits.float(), labels
+
+    def metrics(self, outputs: Sequence[Any]) -> dict[str, float]:
+        logits, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        loss = nn.functional.cross_entropy(logits, labels).item()
+        if not math.isfinite(loss):
+            # The engine's error says what happened; there are no probabilities to judge.
+            return {"loss": loss}
+        probabilities = torch.softmax(logits.double(), dim=-1).numpy()
+        return {"loss": loss, **classification_metrics(probabilities, labels.numpy())}
+
+
+def hold_out(
+    rows: LabelledModalities, config: Config
+) -> tuple[LabelledModalities, LabelledModalities]:
+    """Divide training rows into those to fit and those to choose the epoch by.
+
+    Raises:
+        OptionError: `validation_fraction` leaves a part without one of the classes.
+    """
+    seed = (config["seed"] + config.get("split", 0)) % 2**32
+    try:
+        kept, held = stratified_holdout(rows.labels, config["validation_fraction"], seed)
+    except DataError as error:
+        raise OptionError("validation_fraction", str(error)) from error
+    return rows.take(kept), rows.take(held)
+
+
+def samples(rows: LabelledModalities) -> TensorSamples:
+    """Rows as the engine takes them."""
+    inputs = tuple(torch.from_numpy(view).double() for view in rows.modalities)
+    return TensorSamples((inputs, torch.from_numpy(rows.labels)))
+
+
+def overflow(
+    part: LabelledModalities, fitted: LabelledModalities, kind: str
+) -> tuple[int, int, int, float] | None:
+    """Find a value that is so far outside the rows trained on that the model's numbers overflow.
+
+    Returns:
+        Modality, row and column, and the value on the scale of the rows trained on; or None.
+    """
+    scaling = InputScaling([view.shape[1] for view in part.modalities], kind)
+    scaling.fit([torch.from_numpy(view) for view in fitted.modalities])
+    views: tuple[Tensor, ...] = scaling([torch.from_numpy(view) for view in part.modalities])
+    for index, view in enumerate(views):
+        # Not `>`: NaN is refused too.
+        bad = (~(view.abs() <= _LARGEST)).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            return index, row, column, view[row, column].item()
+    return None
+
+
+def overflow_message(value: float, scaled: float) -> str:
+    """Say what `overflow` found."""
+    return (
+        f"got {value:g}, which is {scaled:g} on the scale of the rows trained on, "
+        f"expected at most {_LARGEST:g} in size"
+    )
