@@ -116,9 +116,11 @@ def read_map(features: Tensor, pixels: Tensor) -> Tensor:
 def _torchvision_models(name: str) -> Any:
     try:
         from torchvision import models
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
+        # A torchvision built for another torch fails with RuntimeError.
+        what = " ".join(str(error).split())
         raise ValueError(
-            f"image_encoder: got {name!r}, which needs torchvision; "
-            "expected it to be installed, or 'cnn'"
+            f"image_encoder: got {name!r}, which needs torchvision ({what}); "
+            "expected it installed and of the same build as torch, or 'cnn'"
         ) from error
     return models

@@ -19,6 +19,7 @@ __all__ = ["TASKS", "get_recipe", "register_commands"]
 TASKS: dict[str, str] = {
     "rosmap": "omics",
     "brca": "omics",
+    "sunrgbd": "sunrgbd",
 }
 
 

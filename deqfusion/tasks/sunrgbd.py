@@ -129,7 +129,10 @@ class SunRgbdRecipe(Recipe):
         "dim": 256,
         "epochs": 180,
         "batch_size": 8,
+        "optimizer": "adam",
         "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "clip_norm": 10.0,
         "jacobian_weight": 0.1,
     }
     fields: ClassVar[Mapping[str, Field]] = {
@@ -286,6 +289,9 @@ class SunRgbdRecipe(Recipe):
         return SceneSamples(
             scenes, config["num_points"], (height, width), color=config["color"], **options
         )
+
+
+RECIPES = {SunRgbdRecipe.name: SunRgbdRecipe()}
 
 
 def _proposals(model: nn.Module, batch: dict[str, Tensor]) -> Proposals:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from deqfusion.cli import main
 from deqfusion.data import DataError
 from deqfusion.data.sunrgbd import find_scenes
 from deqfusion.engine.options import ENGINE_FIELDS
@@ -262,3 +263,48 @@ def test_objectives_are_means_over_scenes(root, fusion):
     if both.equilibrium is not None:
         penalty = both.fusion.jacobian_penalty(both.equilibrium, both.features)
         assert torch.isfinite(penalty)
+
+
+def test_training_lowers_the_loss(root):
+    options = config(num_seeds=32, num_points=256)
+    splits, _ = RECIPE.load(root, options)
+    batch = splits.validation.batch(torch.tensor([0]))
+    model = RECIPE.build(options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(60):
+        loss = RECIPE.objective(model, batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.median(losses[-5:]) < 0.7 * np.median(losses[:5])
+
+
+def test_commands_train_and_evaluate(root, tmp_path, capsys):
+    out = tmp_path / "run"
+    small = [
+        *("--validation-fraction", "0", "--num-points", "200", "--num-seeds", "16"),
+        *("--num-proposals", "8", "--dim", "16", "--point-width", "8", "--image-size", "24,32"),
+        *("--image-width", "8", "--epochs", "2", "--quiet"),
+    ]
+    assert main(["train", "sunrgbd", "--data-dir", str(root), "--out", str(out), *small]) == 0
+    assert (out / "model.safetensors").is_file()
+    assert "map_25" in (out / "log.csv").read_text()
+    write_scene(root, "000002", "sunrgbd_pc_bbox_votes_50k_v1_train", seed=3)
+    write_scene(root, "000003", "sunrgbd_pc_bbox_votes_50k_v1_val", seed=4)
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", str(out), "--data-dir", str(root), "--json"]) == 0
+    assert "map_50" in capsys.readouterr().out
+
+
+def test_damage_is_one_line_and_code_2(root, tmp_path, capsys):
+    path = root / "votenet_v1" / "000001_votes.npz"
+    path.write_bytes(path.read_bytes()[:500])
+    out = tmp_path / "run"
+    command = ["train", "sunrgbd", "--data-dir", str(root), "--out", str(out)]
+    assert main([*command, "--validation-fraction", "0"]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: cannot be read" in error
+    assert error.count("\n") == 1
+    assert not out.exists()
