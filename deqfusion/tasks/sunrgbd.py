@@ -7,6 +7,14 @@ The epoch is chosen on training scenes that are held out, by mAP at an IoU of 0.
 Detections are found as VoteNet finds them: proposals with objectness above 0.05 and at least 5
 points inside, the best of those of a class that overlap by more than an IoU of 0.25; each is
 counted for every class, with objectness times the class's probability as score.
+
+That the whole learns at all is seen on a single scene, which this learns by heart (600 steps, 145
+seconds of one core; mAP at 0.25 of the chosen epoch 0.93, at 0.5 0.60, for the sample scene of one
+table and seven chairs):
+
+    deqfusion train sunrgbd --data-dir DATA --out RUN --validation-fraction 0 --no-augment
+        --epochs 600 --warmup 60 --learning-rate 5e-3 --num-points 4096 --num-seeds 256
+        --num-proposals 64 --dim 64 --point-width 32 --image-size 96,128 --image-width 16
 """
 
 from __future__ import annotations
