@@ -25,6 +25,7 @@ TASKS: dict[str, str] = {
     "mmimdb": "mmimdb",
     "mosi": "mosi",
     "vqa": "vqa",
+    "sunrgbd": "sunrgbd",
 }
 
 
