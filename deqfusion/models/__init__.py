@@ -2,6 +2,12 @@
 
 from .classifier import ClassifierOutput, MultimodalClassifier
 from .dynamics import MultimodalDynamics
-from .scaling import InputScaling
+from .scaling import SCALINGS, InputScaling
 
-__all__ = ["ClassifierOutput", "InputScaling", "MultimodalClassifier", "MultimodalDynamics"]
+__all__ = [
+    "SCALINGS",
+    "ClassifierOutput",
+    "InputScaling",
+    "MultimodalClassifier",
+    "MultimodalDynamics",
+]
