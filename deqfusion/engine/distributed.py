@@ -125,7 +125,7 @@ def processes(config: Config) -> Iterator[Process]:
         LostProcessError: inside, another process ended.
     """
     strategy, world = config["strategy"], int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(config["device"])
+    device = device_of(config)
     if strategy == "single":
         if world > 1:
             raise ValueError(
@@ -164,7 +164,13 @@ def _stop(number: int, frame: object) -> NoReturn:
     raise RuntimeError(f"{_CONNECTION[0]}: stopped by its launcher")
 
 
-def _device(name: str) -> torch.device:
+def device_of(config: Config) -> torch.device:
+    """Return the device that a configuration names; "auto": CUDA's where there is one.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    name = config["device"]
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', but torch finds none here, expected 'cpu' or 'auto'")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
