@@ -66,6 +66,50 @@ def test_weight_tied_is_that_many_steps_of_the_cell(steps):
     torch.testing.assert_close(fusion(features), state[-1])
 
 
+def test_tensor_fusion_is_a_low_rank_product():
+    torch.manual_seed(0)
+    fusion, features = build_fusion("tensor", 4, 3, rank=2), _features(3, (5, 4))
+    with torch.no_grad():
+        fusion.bias.normal_()
+        fusion.weights.normal_()
+    expected = fusion.bias.clone().expand(5, 4)
+    for rank in range(2):
+        product = torch.ones(5, 4)
+        for factor, x in zip(fusion.factors, features, strict=True):
+            rows = slice(4 * rank, 4 * rank + 4)
+            product = product * (x @ factor.weight[rows].T + factor.bias[rows])
+        expected = expected + fusion.weights[rank] * product
+    torch.testing.assert_close(fusion(features), expected)
+
+
+def test_attention_fusion_by_hand_and_tells_modalities_apart():
+    torch.manual_seed(0)
+    fusion, features = build_fusion("attention", 8, 3, num_heads=1), _features()
+    tokens = torch.stack(features, dim=1)
+    keys = tokens + fusion.embedding
+    query, key, value = fusion.attention.in_proj_weight.split(8)
+    scores = (keys @ query.T) @ (keys @ key.T).transpose(1, 2) / 8**0.5
+    mixed = scores.softmax(-1) @ (tokens @ value.T) @ fusion.attention.out_proj.weight.T
+    torch.testing.assert_close(fusion(features), (tokens + mixed).mean(1))
+    with torch.no_grad():
+        fusion.embedding.normal_()
+    assert (fusion(features) - fusion(features[::-1])).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "message"),
+    [
+        ("tensor", {"rank": 0}, ValueError, "rank: got 0, expected"),
+        ("tensor", {"num_heads": 2}, TypeError, "got options \\['num_heads'\\], expected 'rank'"),
+        ("attention", {"num_heads": 3}, ValueError, "num_heads: got 3, expected a divisor of dim"),
+        ("attention", {"rank": 3}, TypeError, "got options \\['rank'\\], expected 'num_heads'"),
+    ],
+)
+def test_options_of_tensor_and_attention(name, options, kind, message):
+    with pytest.raises(kind, match=message):
+        build_fusion(name, 8, 2, **options)
+
+
 def test_deq_takes_options():
     torch.manual_seed(0)
     fusion = build_fusion("deq", 64, 2, solver=Anderson(tol=1e-5), gate_input="concat")

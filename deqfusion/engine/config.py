@@ -91,10 +91,10 @@ def fault(recipe: Recipe, config: Config, *, facts: bool = True) -> tuple[str, s
     unknown = sorted(config.keys() - {*known, "split"})
     if unknown:
         return reprlib.repr(unknown[0]), f"is unknown, expected only {', '.join(known)}"
-    return _fusion_fault(config) or recipe.fault(config)
+    return _engine_fault(config) or recipe.fault(config)
 
 
-def _fusion_fault(config: Config) -> tuple[str, str] | None:
+def _engine_fault(config: Config) -> tuple[str, str] | None:
     fusion, dim = config["fusion"], config["dim"]
     if fusion.startswith(("deq", "weight_tied")) and dim % config["num_groups"]:
         return "dim", (
@@ -108,6 +108,8 @@ def _fusion_fault(config: Config) -> tuple[str, str] | None:
             f"got {config['jacobian_weight']:g} with fusion {fusion!r}, "
             "expected 0 for a fusion without equilibrium"
         )
+    if config["amp"] == "float16" and config["strategy"] == "fsdp":
+        return "amp", "got 'float16' with strategy 'fsdp', expected 'bfloat16' or 'off'"
     if config["tol_start"] is not None and config["tol_start"] < config["tol"]:
         return "tol_start", f"got {config['tol_start']:g}, expected at least tol {config['tol']:g}"
     return None

@@ -10,10 +10,12 @@ what it read.
 from __future__ import annotations
 
 import os
+import re
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .recipe import Config, Recipe
 
 T = TypeVar("T")
+# What messages of lost connections have in common.
+_CONNECTION = ("SIGTERM", "gloo", "NCCL", "Connection closed", "Connection reset")
 
 
 class LostProcessError(RuntimeError):
@@ -121,7 +125,7 @@ def processes(config: Config) -> Iterator[Process]:
         LostProcessError: inside, another process ended.
     """
     strategy, world = config["strategy"], int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(config["device"])
+    device = device_of(config)
     if strategy == "single":
         if world > 1:
             raise ValueError(
@@ -139,20 +143,34 @@ def processes(config: Config) -> Iterator[Process]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         yield Process(device, rank, world, strategy)
     except RuntimeError as error:
         if not _is_of_connection(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        # Without the place in gloo's sources, and its advice.
+        reason = re.sub(r"^\[\S*\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0]
         raise LostProcessError(
             f"process {rank} of {world}: another process has ended or cannot be reached ({reason})"
         ) from error
     finally:
+        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def _stop(number: int, frame: object) -> NoReturn:
+    # torchrun ends the others so, where one is lost, often before they notice themselves.
+    raise RuntimeError(f"{_CONNECTION[0]}: stopped by its launcher")
+
+
+def device_of(config: Config) -> torch.device:
+    """Return the device that a configuration names; "auto": CUDA's where there is one.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    name = config["device"]
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', but torch finds none here, expected 'cpu' or 'auto'")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -161,8 +179,7 @@ def _device(name: str) -> torch.device:
 def _is_of_connection(error: RuntimeError) -> bool:
     if isinstance(error, dist.DistError):
         return True
-    text = str(error)
-    return any(word in text for word in ("gloo", "NCCL", "Connection closed", "Connection reset"))
+    return any(word in str(error) for word in _CONNECTION)
 
 
 def whole(tensor: Tensor) -> Tensor:

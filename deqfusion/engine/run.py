@@ -15,7 +15,7 @@ from torch import nn
 
 from ..metrics import mean_and_error
 from .config import checked, fields_of
-from .distributed import Process, whole_state
+from .distributed import Process, device_of, whole_state
 from .recipe import Config, Recipe, Splits
 from .runs import (
     CheckpointError,
@@ -99,7 +99,7 @@ def train(
     config = checked(recipe, options or {})
     loaded = load(recipe, Path(data_dir), config)
     run = open_run(recipe, out, loaded.config, resume=resume)
-    return train_loaded(recipe, loaded, run, Process(torch.device("cpu")), progress=progress)
+    return train_loaded(recipe, loaded, run, Process(device_of(config)), progress=progress)
 
 
 def open_run(

@@ -9,6 +9,7 @@ killed and resumed therefore has the curve of one that was not, on however many 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
-from .distributed import Process, load_whole
+from .distributed import Process, device_of, load_whole
 from .logs import Log
 from .recipe import Config, Recipe, Samples, Splits
 from .runs import RunDirectory
@@ -85,7 +86,7 @@ class Trainer:
         self, recipe: Recipe, model: nn.Module, config: Config, process: Process | None = None
     ) -> None:
         self.recipe, self.model, self.config = recipe, model, config
-        self.process = Process(torch.device("cpu")) if process is None else process
+        self.process = Process(device_of(config)) if process is None else process
         model.to(self.process.device)
         step = _Step(recipe, model, config)
         if config["compile"]:
@@ -308,6 +309,8 @@ def _determinism(wanted: bool) -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     if wanted:
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     try:

@@ -4,10 +4,11 @@ from .classifier import ClassifierOutput, MultimodalClassifier
 from .dynamics import MultimodalDynamics
 from .mmimdb import Maxout, MaxoutClassifier, MultilabelOutput
 from .mosi import FeatureEncoder, SentimentOutput, SentimentRegressor
-from .scaling import InputScaling
+from .scaling import SCALINGS, InputScaling
 from .text import TransformerEncoder
 
 __all__ = [
+    "SCALINGS",
     "ClassifierOutput",
     "FeatureEncoder",
     "InputScaling",

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+SCALINGS = ("minmax", "centered", "standard")
+
 
 class InputScaling(nn.Module):
     """(x - shift) / span of every feature, in float64; a constant feature becomes 0.
@@ -16,7 +18,8 @@ class InputScaling(nn.Module):
 
     Args:
         widths: features of each modality.
-        kind: "minmax" to 0..1 over the rows fitted on, or "standard" to mean 0 and deviation 1.
+        kind: over the rows fitted on, "minmax" to 0..1, "centered" the same less its mean, or
+            "standard" to mean 0 and deviation 1.
 
     Raises:
         ValueError: another kind.
@@ -24,8 +27,8 @@ class InputScaling(nn.Module):
 
     def __init__(self, widths: Sequence[int], kind: str = "minmax") -> None:
         super().__init__()
-        if kind not in ("minmax", "standard"):
-            raise ValueError(f"kind: got {kind!r}, expected 'minmax' or 'standard'")
+        if kind not in SCALINGS:
+            raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(SCALINGS)}")
         self.widths, self.kind = list(widths), kind
         for index, width in enumerate(widths):
             self.register_buffer(f"shift_{index}", torch.zeros(width, dtype=torch.float64))
@@ -36,7 +39,9 @@ class InputScaling(nn.Module):
         for index, view in enumerate(views):
             view = view.double()
             shift = view.amin(0) if self.kind == "minmax" else view.mean(0)
-            span = view.amax(0) - shift if self.kind == "minmax" else view.std(0, correction=0)
+            span = view.amax(0) - view.amin(0)
+            if self.kind == "standard":
+                span = view.std(0, correction=0)
             getattr(self, f"shift_{index}").copy_(shift)
             getattr(self, f"span_{index}").copy_(torch.where(span > 0, span, 1.0))
         return self

@@ -51,7 +51,7 @@ class Brca2012(Classification):
             raise OptionError("folds", str(error)) from error
         train, test = folds[config["split"]]
         fitted, validation = hold_out(rows.take(train), config)
-        found = overflow(rows, fitted, self.scaling)
+        found = overflow(rows, fitted, config["scaling"])
         if found is not None:
             index, row, column, scaled = found
             value = rows.modalities[index][row, column]

@@ -24,6 +24,7 @@ from ..engine import (
 from ..engine.kinds import Kind, OneOf, RealNumber, Sha256, WholeNumber, WholeNumbers
 from ..metrics import classification_metrics
 from ..models import (
+    SCALINGS,
     ClassifierOutput,
     InputScaling,
     MultimodalClassifier,
@@ -38,6 +39,7 @@ VALIDATION_FRACTION = Field(
     RealNumber(0.0, above=True, below=1.0), 0.2, "of the training rows, to choose the epoch"
 )
 HOST = Field(OneOf(("plain", "dynamics")), "plain", "encoders and a head, or Multimodal Dynamics'")
+SCALING = Field(OneOf(SCALINGS), "minmax", "of the inputs, by the rows that are trained on")
 
 
 class Classification(Recipe, ABC):
@@ -48,6 +50,7 @@ class Classification(Recipe, ABC):
 
     fields: ClassVar[Mapping[str, Field]] = {
         "host": HOST,
+        "scaling": SCALING,
         "validation_fraction": VALIDATION_FRACTION,
     }
     facts: ClassVar[Mapping[str, Kind]] = {
@@ -55,8 +58,6 @@ class Classification(Recipe, ABC):
         "num_classes": WholeNumber(2, 100_000),
         "data_sha256": Sha256(),
     }
-    #: How inputs are scaled, by the rows that are trained on; see `InputScaling`.
-    scaling: ClassVar[str] = "minmax"
 
     def build(self, config: Config) -> nn.Module:
         widths = config["input_widths"]
@@ -67,7 +68,7 @@ class Classification(Recipe, ABC):
             dim=config["dim"],
             fusion=configured_fusion(config, len(widths)),
             dropout=config["dropout"],
-            scaling=InputScaling(widths, self.scaling),
+            scaling=InputScaling(widths, config["scaling"]),
         )
 
     def prepare(self, model: nn.Module, splits: Splits, config: Config) -> None:

@@ -74,7 +74,7 @@ class Omics(Classification):
             train, test = split.train, split.test
         fitted, validation = hold_out(train, config)
         for part in (train, test):
-            _refuse_overflow(data_dir, config["modalities"], data, part, fitted)
+            _refuse_overflow(data_dir, config["modalities"], data, part, fitted, config["scaling"])
         return Splits(samples(fitted), samples(validation), samples(test)), facts
 
 
@@ -84,8 +84,9 @@ def _refuse_overflow(
     data: MogonetData,
     part: LabelledModalities,
     fitted: LabelledModalities,
+    scaling: str,
 ) -> None:
-    found = overflow(part, fitted, Omics.scaling)
+    found = overflow(part, fitted, scaling)
     if found is None:
         return
     index, row, column, scaled = found

@@ -136,6 +136,10 @@ def test_a_strategy_needs_its_processes(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(_arguments(folder, tmp_path / "out", 1)) == 2
     assert "strategy: got 'single' in one of 2 processes, expected" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(_arguments(folder, tmp_path / "out", 1, "--device", "cuda")) == 2
+    assert "device: got 'cuda', but torch finds none here" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -388,6 +388,7 @@ def test_bad_arguments(folder, tmp_path, capsys, option):
     [
         (["--fusion", "sum", "--jacobian-weight", "1"], "--jacobian-weight: got 1 with fusion"),
         (["--fusion", "attention", "--dim", "30"], "--dim: got 30, expected a multiple of the 4"),
+        (["--amp", "float16", "--strategy", "fsdp"], "--amp: got 'float16' with strategy 'fsdp'"),
         (["--tol-start", "1e-3"], "--tol-start: got 0.001, expected at least tol 0.01"),
         (["--dim", "30"], "--dim: got 30, expected a multiple of 4 for fusion 'deq'"),
     ],
