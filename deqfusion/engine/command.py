@@ -14,7 +14,7 @@ import torch
 
 from ..ops import checked_implementation
 from .config import complete, fault, fields_of, read_run, read_toml
-from .distributed import LostProcessError, processes
+from .distributed import LostProcessError, device_of, processes
 from .kinds import Switch
 from .logs import writes_events
 from .options import ENGINE_FIELDS
@@ -128,6 +128,7 @@ def run_evaluate(args: argparse.Namespace, get_recipe: Callable[[str], Recipe]) 
         DataError: the data folder is not what it should be, or does not fit the model.
         ValueError: a `DEQFUSION_BACKEND` that cannot run.
     """
+    checked_implementation(device_of({"device": args.device}))
     run = RunDirectory(args.checkpoint)
     stored = read_config(run.path)
     if "task" not in stored:
@@ -151,7 +152,6 @@ def run_evaluate(args: argparse.Namespace, get_recipe: Callable[[str], Recipe]) 
             )
     single = {**config, "device": args.device, "strategy": "single"}
     with processes(single) as process:
-        checked_implementation(process.device)
         metrics = evaluate_loaded(recipe, run, single, splits, process)
     rows = "test rows"
     if "split" in config and facts["data_sha256"] == config["data_sha256"]:

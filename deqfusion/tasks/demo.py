@@ -186,7 +186,8 @@ def _train(seed: int, name: str, options: DemoOptions) -> _Run:
     splits, facts = _RECIPE.load(Path(), {"seed": seed, "noise": options.noise})
     config, model, result = _fit_best(splits, facts, name, seed, options)
     test = cast(TensorSamples, splits.test)
-    metrics = _RECIPE.metrics([_RECIPE.predict(model.eval(), test.data)])
+    with torch.no_grad():
+        metrics = _RECIPE.metrics([_RECIPE.predict(model.eval(), test.data)])
     record = {
         "fusion": name,
         "seed": seed,
