@@ -138,8 +138,10 @@ def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128)
         most = 4096 if old or (adjoint and wide) else 8192
         rows = max(16, min(32 if old else 64, most // padded))
         depth = 16 if wide else 64 if capability >= 100 else 32
-        return Config(schedule, rows, depth=depth, warps=8, stages=2)
-    depth, stages = 16 if old or wide else 32, 1 if adjoint and (old or wide) else 2
+        warps = 4 if adjoint and old and wide else 8
+        return Config(schedule, rows, depth=depth, warps=warps, stages=2)
+    depth = 16 if old or wide else 32
+    stages = 1 if (old and wide) or (adjoint and (old or wide)) else 2
     return Config(schedule, rows=16, depth=depth, warps=8, stages=stages)
 
 

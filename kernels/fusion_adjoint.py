@@ -10,9 +10,9 @@ dc_i = y z* M_i a_i', and with what the parameter gradients are made of (`kernel
 factors F r, u = s z* of dW_f, y t, z* of dW_g and dc_i, z_i of dW_m, and the sums over its rows of
 sum_i dc_i, F r, lambda xhat, lambda (behind the ReLU).
 
-Scratch (packed, W = G P, R' = R rounded up to BM), fp32: per row block 10 planes (BM, W), unit
-gradient, z, gate W_g z*, s, t, y s, xhat, open (behind the ReLU), best_f, best_g; rstd (R', G);
-scale (R'); constants (N, R', W); left, right (2 + N, R', W) the factors in the order above;
+Scratch (packed, W = G P, R' = R rounded up to BM), fp32: per row block 7 planes (BM, W), unit
+gradient, gate W_g z*, s, t, y s, xhat, open (behind the ReLU); z, best_f, best_g (R', W); rstd (R',
+G); scale (R'); constants (N, R', W); left, right (2 + N, R', W) the factors in the order above;
 history, gram, partials and counters as in `kernels.fusion`; sums (ceil(R / BM), 4, 1, W). Weights
 forward and, for products with W itself, backward. Unpacked: gradient, state, x_f, dx (R, d);
 modalities, dm (N, R, d). PHASE: 1 to 3 the linearisation, 4 to 7 a step, 8 to 10 the VJP.
@@ -93,8 +93,8 @@ def back(
 def fusion_adjoint_kernel(
     gradient, state, solved, modalities, x, gate_mask, fusion_mask, dm, dx, status, steps, residual,
     wg, wf, wm, bg, bf, bm, lowbg, lowbf, vectors,
-    scratch, rstd, constants, scale, left, right, sums, f, g, anchors, gram, partials, counters,
-    saved,
+    scratch, z, best_f, best_g, rstd, constants, scale, left, right, sums, f, g, anchors, gram,
+    partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
@@ -115,11 +115,12 @@ def fusion_adjoint_kernel(
     history = padded_rows.to(tl.int64) * W
     status, steps, residual = status + begin, steps + begin, residual + begin
     # One pointer, and offsets that the compiler knows, as in `kernels.modality`.
-    scratch = scratch + begin * 10 * W
-    unit, z, through = scratch, scratch + BM * W, scratch + 2 * BM * W
-    s, t, ys = scratch + 3 * BM * W, scratch + 4 * BM * W, scratch + 5 * BM * W
-    xhat, open_ = scratch + 6 * BM * W, scratch + 7 * BM * W
-    best_f, best_g, rstd = scratch + 8 * BM * W, scratch + 9 * BM * W, rstd + begin * G
+    scratch = scratch + begin * 7 * W
+    unit, through, s = scratch, scratch + BM * W, scratch + 2 * BM * W
+    t, ys = scratch + 3 * BM * W, scratch + 4 * BM * W
+    xhat, open_ = scratch + 5 * BM * W, scratch + 6 * BM * W
+    z, best_f, best_g = z + begin * W, best_f + begin * W, best_g + begin * W
+    rstd = rstd + begin * G
     constants, f, g = constants + begin * W, f + begin * W, g + begin * W
     gram = gram + (first_group * padded_rows.to(tl.int64) + begin) * (M * M)
     partials, counter = partials + block * (2 * SUMS * G * BM), counters + block

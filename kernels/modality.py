@@ -8,13 +8,13 @@ Anderson step, and again, until the rows have ended. z, h and the history go thr
 (scratch of the rows' own, which stays in L2); weights are streamed. Grid: (ceil(R / BM), N, 1 or
 G).
 
-Scratch (packed, `kernels.layout`, width W = G P; R' = R rounded up to BM), fp32: per row block 5
-planes (BM, W), packed x, z, h, best_f, best_g; history f, g (M, N, R', W); gram (1 or G, N, R', M,
-M). Weights (N, W, W), W_j^T; vectors (N, 8, W): b_1, weight and bias of GN_1, b_2, those of GN_2
-and of GN_3. Unpacked: x, init and out (N, R, d) in the dtype of the features; present int8, status,
-steps int32, residual fp32 (N, R); trace (N, R, max_steps, 2) fp32. Precision: `kernels.primitives`;
-groups, meetings, PHASE (1 start, 2 to 4 a step, 5 end), partials, counters, saved:
-`kernels.schedule`; anchors, deltas: `kernels.solver`.
+Scratch (packed, `kernels.layout`, width W = G P; R' = R rounded up to BM), fp32: per row block 3
+planes (BM, W), packed x, z, h; best_f, best_g (N, R', W); history f, g (M, N, R', W); gram (1 or G,
+N, R', M, M). Weights (N, W, W), W_j^T; vectors (N, 8, W): b_1, weight and bias of GN_1, b_2, those
+of GN_2 and of GN_3. Unpacked: x, init and out (N, R, d) in the dtype of the features; present int8,
+status, steps int32, residual fp32 (N, R); trace (N, R, max_steps, 2) fp32. Precision:
+`kernels.primitives`; groups, meetings, PHASE (1 start, 2 to 4 a step, 5 end), partials, counters,
+saved: `kernels.schedule`; anchors, deltas: `kernels.solver`.
 Source: arXiv 2306.16645, equations 3 to 5.
 """
 
@@ -97,7 +97,7 @@ def evaluated(
 def modality_solve_kernel(
     x, init, present, out, status, steps, residual, trace, tolerance,
     w1, w2, low1, low2, vectors,
-    scratch, f, g, anchors, gram,
+    scratch, best_f, best_g, f, g, anchors, gram,
     partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
@@ -125,10 +125,10 @@ def modality_solve_kernel(
     status, steps = status + unpacked + begin, steps + unpacked + begin
     residual = residual + unpacked + begin
     trace = trace + (unpacked + begin) * max_steps * 2
-    # One pointer, and offsets that the compiler knows: five would not all find registers.
-    scratch = scratch + own * 5 * W
+    # One pointer, and offsets that the compiler knows: three would not all find registers.
+    scratch = scratch + own * 3 * W
     packed, z, h = scratch, scratch + BM * W, scratch + 2 * BM * W
-    best_f, best_g = scratch + 3 * BM * W, scratch + 4 * BM * W
+    best_f, best_g = best_f + own * W, best_g + own * W
     f, g = f + own * W, g + own * W
     anchors = anchors + own * 5 * W
     deltas = deltas_of(anchors, W, BM, LADDER)

@@ -11,12 +11,12 @@ gradients are made of (`kernels.gradients`): the factors s, z* and q, h of the w
 and the sums over its rows of s, r xhat_1, r, q, p xhat_2, p, lambda xhat_3, lambda. N_j: the VJP of
 the j-th normalisation. Rows that are NON_FINITE, absent, or whose g is 0 take no part.
 
-Scratch (packed, W = G P, R' = R rounded up to BM), fp32: per row block 8 planes (BM, W), unit
-gradient, z, p, best_f, best_g, xhat_1 to xhat_3; the factors left, right (2 N, R', W); rstd (N, R',
-G, 4), rstd_1 to rstd_3 and what a row's g was divided by; history, gram, partials, counters and so
-on as in `kernels.modality`; sums (ceil(R / BM), 8, N, W). Weights forward (N, W, W) W_j^T, and
-backward W_j. Unpacked: gradient, state, x, dx (N, R, d). PHASE: 1 to 3 the linearisation, 4 to 7 a
-step, 8 and 9 the VJP.
+Scratch (packed, W = G P, R' = R rounded up to BM), fp32: per row block 6 planes (BM, W), unit
+gradient, z, p, xhat_1 to xhat_3; best_f, best_g (N, R', W), the factors left, right (2 N, R', W);
+rstd (N, R', G, 4), rstd_1 to rstd_3 and what a row's g was divided by; history, gram, partials,
+counters and so on as in `kernels.modality`; sums (ceil(R / BM), 8, N, W). Weights forward (N, W, W)
+W_j^T, and backward W_j. Unpacked: gradient, state, x, dx (N, R, d). PHASE: 1 to 3 the
+linearisation, 4 to 7 a step, 8 and 9 the VJP.
 Source: implicit function theorem; S. Bai et al., "Deep equilibrium models", NeurIPS 2019.
 """
 
@@ -102,7 +102,7 @@ def inner(
 def modality_adjoint_kernel(
     gradient, state, solved, x, present, dx, status, steps, residual,
     w1, w2, b1, b2, lowb1, lowb2, vectors,
-    scratch, rstd, left, right, sums, f, g, anchors,
+    scratch, best_f, best_g, rstd, left, right, sums, f, g, anchors,
     gram, partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
@@ -129,10 +129,10 @@ def modality_adjoint_kernel(
     x, dx = x + unpacked * DIM, dx + unpacked * DIM
     status, steps = status + unpacked + begin, steps + unpacked + begin
     residual = residual + unpacked + begin
-    # One pointer, and offsets that the compiler knows: eight would not all find registers.
-    scratch = scratch + own * 8 * W
-    unit, z, p = scratch, scratch + BM * W, scratch + 2 * BM * W
-    best_f, best_g, xhat = scratch + 3 * BM * W, scratch + 4 * BM * W, scratch + 5 * BM * W
+    # One pointer, and offsets that the compiler knows: six would not all find registers.
+    scratch = scratch + own * 6 * W
+    unit, z, p, xhat = scratch, scratch + BM * W, scratch + 2 * BM * W, scratch + 3 * BM * W
+    best_f, best_g = best_f + own * W, best_g + own * W
     f, g, rstd = f + own * W, g + own * W, rstd + own * (4 * G)
     anchors = anchors + own * 5 * W
     deltas = deltas_of(anchors, W, BM, LADDER)

@@ -73,15 +73,16 @@ def ladder_product(
     if LADDER == "":
         acc = product(a, w + group * P, depth, W, BM, P, BK, PRECISION)
     else:
-        tile = tl.arange(0, BM)[:, None] * W + (group * P + tl.arange(0, P))[None, :]
         acc = tl.zeros([BM, P], dtype=tl.float32)
         if kind == NEAR:
             acc = product(delta, low + group * P, depth, W, BM, P, BK, LADDER)
-            acc += tl.load(through + tile)
         else:
             acc = product(a, w + group * P, depth, W, BM, P, BK, PRECISION)
-            if kind == ANCHORED:
-                tl.store(through + tile, acc)
+        # Masked, and not in the branches: there the compiler spilled.
+        tile = tl.arange(0, BM)[:, None] * W + (group * P + tl.arange(0, P))[None, :]
+        every = tl.zeros([BM, P], dtype=tl.int32) + kind
+        acc += tl.load(through + tile, mask=every == NEAR, other=0.0)
+        tl.store(through + tile, acc, mask=every == ANCHORED)
     return acc
 
 
@@ -92,10 +93,10 @@ def keep(value, origin, delta, tile, kind, LADDER: tl.constexpr):
     A factor takes its difference from what it was in the last ANCHORED evaluation.
     """
     if LADDER != "":
-        if kind == NEAR:
-            tl.store(delta + tile, (value - tl.load(origin + tile)).to(tl.bfloat16))
-        elif kind == ANCHORED:
-            tl.store(origin + tile, value)
+        every = tl.zeros(value.shape, dtype=tl.int32) + kind
+        apart = value - tl.load(origin + tile, mask=every == NEAR, other=0.0)
+        tl.store(delta + tile, apart.to(tl.bfloat16), mask=every == NEAR)
+        tl.store(origin + tile, value, mask=every == ANCHORED)
 
 
 @triton.jit

@@ -193,10 +193,11 @@ def advance(
             step_back = tl.load(best_g + tile, mask=lost[:, None], other=0.0)
             following = tl.where(lost[:, None], best - back[:, None] * step_back, following)
         if LADDER != "":
-            if kind == ANCHORED:
-                tl.store(anchors + tile, tl.load(z + tile))
-            tl.debug_barrier()
-            apart = following - tl.load(anchors + tile)
+            # What was evaluated is the next differences' origin, or there is one.
+            now = tl.zeros([BM, P], dtype=tl.int32) + kind == ANCHORED
+            evaluated = tl.load(z + tile, mask=now, other=0.0)
+            tl.store(anchors + tile, evaluated, mask=now)
+            apart = following - evaluated - tl.load(anchors + tile, mask=now == 0, other=0.0)
             tl.store(deltas + tile, apart.to(tl.bfloat16))
         tl.store(z + tile, following, mask=moving[:, None])
 

@@ -164,7 +164,8 @@ def solve_modality(
             (
                 x, x if init is None else init.contiguous(), _bytes(present, x), out, *outcome,
                 trace, outcome.residual if tolerance is None else tolerance, *given.forward,
-                *low, given.vectors, plan.rows_of(count, 5), *plan.history(given.counters),
+                *low, given.vectors, plan.rows_of(count, 3),
+                *(plan.rows_of(count) for _ in range(2)), *plan.history(given.counters),
             ),
             {
                 "SKIP": skip, "INIT": init is not None, "PRESENT": present is not None,
@@ -221,7 +222,8 @@ def adjoint_modality(
             (
                 gradient.contiguous(), state.contiguous(), status.contiguous(), x,
                 _bytes(present, x), dx, *outcome, *weights.forward, *weights.backward, *low,
-                weights.vectors, plan.rows_of(count, 8), plan.empty(count, plan.size, groups, 4),
+                weights.vectors, plan.rows_of(count, 6), plan.rows_of(count),
+                plan.rows_of(count), plan.empty(count, plan.size, groups, 4),
                 left, right, sums, *plan.history(weights.counters),
             ),
             {"SKIP": skip, "PRESENT": present is not None, "TRUNCATED": options.truncated},
@@ -371,7 +373,8 @@ def adjoint_fusion(
                 _or(fusion_mask, injection), dm, dx, *outcome,
                 forward[0], forward[1], forward[gate_of_modalities],
                 backward[0], backward[1], backward[gate_of_modalities], low[0], low[1],
-                weights.vectors, plan.rows_of(10), plan.empty(plan.size, groups),
+                weights.vectors, plan.rows_of(7), *(plan.rows_of() for _ in range(3)),
+                plan.empty(plan.size, groups),
                 plan.rows_of(count), plan.empty(plan.size), left, right, sums,
                 *plan.history(weights.counters),
             ),
