@@ -127,18 +127,20 @@ def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128)
         capability: of a CUDA device, as 80 or 90; 0 for others.
         padded: P, channels of a padded group.
 
-    Without spills up to groups of 256 channels: below 90 the compiler keeps more of a program in
+    Without spills up to groups of 256 channels. Below 90 the compiler keeps more of a program in
     registers, so that products are half as deep, adjoints have one stage, and schedule step tiles
-    of 32 x 128 instead of 64 x 128, as adjoints of wide groups have everywhere; above 90 products
-    are deeper, and of wide groups shallower. `python -m deqfusion.kernels.targets` tells, and what
-    wider groups spill.
+    of 32 x 128 instead of 64 x 128; wide groups take shallow products and small tiles, above 90
+    others deeper ones. `python -m deqfusion.kernels.targets` tells, and what wider groups spill.
     """
     old, wide = 0 < capability < 90, padded >= 256
     if schedule == "step":
-        most = 4096 if old or (adjoint and wide) else 8192
+        new = capability >= 100
+        most = 4096 if old or (wide and (adjoint or new)) else 8192
         rows = max(16, min(32 if old else 64, most // padded))
-        depth = 16 if wide else 64 if capability >= 100 else 32
-        warps = 4 if adjoint and old and wide else 8
+        depth = 16 if wide else 64 if new else 32
+        warps = 16 if adjoint and wide and (old or new) else 8
+        if new and rows * padded < 4096:
+            warps = 4
         return Config(schedule, rows, depth=depth, warps=warps, stages=2)
     depth = 16 if old or wide else 32
     stages = 1 if (old and wide) or (adjoint and (old or wide)) else 2

@@ -9,11 +9,11 @@ r"""The fusion equilibrium in one launch (schedule *step*: a launch per phase).
 (ceil(R / BM), 1, 1 or G).
 
 Scratch (packed, width W = G P, R' = R rounded up to BM), fp32: packed modalities and constants (N,
-R', W); per row block 5 planes (BM, W), x_f, z, u, best_f, best_g; history f, g (M, R', W); gram (1
-or G, R', M, M); the rest as in `kernels.modality`. Weights (W, W), transposed; vectors (4, W): b_g,
-b_f, weight and bias of GN. Unpacked: modalities (N, R, d), x_f, init, out (R, d) and F (R, d) in
-the dtype of the features; gate mask M (N, R, 1 or d); modality_status int32 (N, R); status, steps
-int32, residual fp32 (R); trace (R, max_steps, 2) fp32.
+R', W); x_f, z, u, best_f, best_g (R', W); history f, g (M, R', W); gram (1 or G, R', M, M); the
+rest as in `kernels.modality`. Weights (W, W), transposed; vectors (4, W): b_g, b_f, weight and bias
+of GN. Unpacked: modalities (N, R, d), x_f, init, out (R, d) and F (R, d) in the dtype of the
+features; gate mask M (N, R, 1 or d); modality_status int32 (N, R); status, steps int32, residual
+fp32 (R); trace (R, max_steps, 2) fp32.
 PHASE: 1 start, 2 constants, 3 to 5 a step, 6 end.
 Source: arXiv 2306.16645, equations 6 and 7.
 """
@@ -131,7 +131,7 @@ def fusion_solve_kernel(
     modalities, x, modality_status, init, gate_mask, fusion_mask, out, status, steps, residual,
     trace, tolerance,
     wg, wf, lowg, lowf, wm, vectors,
-    packed, constants, scratch, f, g, anchors, gram, partials,
+    packed, constants, x_rows, z, u, best_f, best_g, f, g, anchors, gram, partials,
     counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
@@ -153,10 +153,8 @@ def fusion_solve_kernel(
     history = padded_rows.to(tl.int64) * W
     status, steps, residual = status + begin, steps + begin, residual + begin
     trace = trace + begin * max_steps * 2
-    # One pointer, and offsets that the compiler knows, as in `kernels.modality`.
-    scratch = scratch + begin * 5 * W
-    x_rows, z, u = scratch, scratch + BM * W, scratch + 2 * BM * W
-    best_f, best_g = scratch + 3 * BM * W, scratch + 4 * BM * W
+    x_rows, z, u = x_rows + begin * W, z + begin * W, u + begin * W
+    best_f, best_g = best_f + begin * W, best_g + begin * W
     packed, constants = packed + begin * W, constants + begin * W
     f, g = f + begin * W, g + begin * W
     anchors = anchors + begin * 5 * W

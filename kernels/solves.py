@@ -303,7 +303,7 @@ def solve_fusion(
                 *outcome, trace,
                 outcome.residual if tolerance is None else tolerance, wg, wf, low[0], low[1],
                 wm[0] if wm else wg, given.vectors, plan.rows_of(count), plan.rows_of(count),
-                plan.rows_of(5), *plan.history(given.counters),
+                *(plan.rows_of() for _ in range(5)), *plan.history(given.counters),
             ),
             {
                 **_fusion_flags(gate, tail, gate_mask, fusion_mask, count),
