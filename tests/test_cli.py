@@ -240,3 +240,19 @@ sys.exit(cli.main(["work"]))
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait() == 1
+
+
+def test_help_of_a_task_says_what_an_option_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "sunrgbd", "--help"])
+    text = capsys.readouterr().out
+    shown = " ".join(text.split())
+    for words in (
+        "deq, concat, sum, gated, tensor, attention, weight_tied:K (default deq)",
+        "anderson, picard or broyden (default anderson)",
+        "constant, cosine or step (default cosine)",
+        "(default 0.1 for deq, else 0)",
+    ):
+        assert words in shown
+    headings = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert len(headings) == len(set(headings))

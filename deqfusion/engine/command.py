@@ -15,7 +15,7 @@ import torch
 from ..ops import checked_implementation
 from .config import complete, fault, fields_of, read_run, read_toml
 from .distributed import LostProcessError, device_of, processes
-from .kinds import Switch
+from .kinds import Switch, choices
 from .logs import writes_events
 from .options import ENGINE_FIELDS
 from .recipe import Config, OptionError, Recipe
@@ -39,7 +39,7 @@ def add_train_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None
         "--config", type=Path, help="TOML file of options, `name = value`; arguments go before it"
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
-    groups: dict[str, Any] = {}
+    groups: dict[str, Any] = {"files": files}
     for name, field in fields_of(recipe).items():
         if field.group not in groups:
             groups[field.group] = parser.add_argument_group(field.group)
@@ -48,7 +48,9 @@ def add_train_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None
             options = {"action": argparse.BooleanOptionalAction}
         else:
             options["metavar"] = name.rpartition("_")[2].upper()
-        text = f"{field.help} (default {_as_argument(name, field.default)})"
+        texts = choices(field.kind)
+        one_of = f"; {texts}" if texts else ""
+        text = f"{field.help}{one_of} (default {_as_argument(name, field.default)})"
         groups[field.group].add_argument(
             f"--{name.replace('_', '-')}",
             default=argparse.SUPPRESS,
@@ -244,7 +246,7 @@ def _table(name: str, metrics: Mapping[str, float]) -> str:
 
 def _as_argument(name: str, default: Any) -> str:
     if name == "jacobian_weight":
-        return f"{default or 0.0:g} for deq, else 0"
+        return f"{default:g} for deq, else 0" if default else "0"
     if default is None:
         return "none"
     if isinstance(default, bool):

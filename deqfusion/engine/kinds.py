@@ -215,3 +215,17 @@ class OrNull(Kind):
 
     def __call__(self, text: str) -> Any:
         return None if text == "none" else self.kind(text)
+
+
+def choices(kind: Kind) -> str:
+    """Return what an option may be where that is a few texts, as its help says it; else ""."""
+    if isinstance(kind, OrNull):
+        return choices(kind.kind)
+    if isinstance(kind, FusionName):
+        return ", ".join(FUSION_NAMES)
+    if isinstance(kind, SomeOf):
+        return f"some of {','.join(kind.texts)}"
+    if isinstance(kind, OneOf):
+        *others, last = kind.texts
+        return f"{', '.join(others)} or {last}"
+    return ""
