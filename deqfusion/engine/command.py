@@ -32,8 +32,8 @@ def add_train_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None
     files.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in --out, with its options (--epochs may change); start it where "
-        "there is none",
+        help="continue the run in --out, with its options (--epochs may change, but for schedule "
+        "cosine); start it where there is none",
     )
     files.add_argument(
         "--config", type=Path, help="TOML file of options, `name = value`; arguments go before it"

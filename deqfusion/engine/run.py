@@ -111,7 +111,10 @@ def open_run(
     part_of: RunDirectory | None = None,
 ) -> RunDirectory:
     """Open a run's folder; see `RunDirectory.open`."""
-    free = [name for name, field in fields_of(recipe).items() if not field.fixed]
+    free = {name for name, field in fields_of(recipe).items() if not field.fixed}
+    if config["schedule"] == "cosine":
+        # The number of epochs decides the rate of each: with another it is another run.
+        free.remove("epochs")
     return RunDirectory.open(out, config, resume=resume, free=free, part_of=part_of)
 
 

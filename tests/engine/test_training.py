@@ -12,6 +12,7 @@ from deqfusion.engine import (
     TrainingDivergedError,
     checked,
     fit,
+    train,
 )
 from deqfusion.engine.runs import read_tensors, write_tensors
 from deqfusion.models import MultimodalClassifier
@@ -133,6 +134,14 @@ def test_finished_run_can_go_on_for_more_epochs(tmp_path):
     _fit(_model(), {"epochs": 2}, run=run)
     result = _fit(_model(), run=run)
     np.testing.assert_array_equal(_comparable(result), _comparable(_fit(_model())))
+
+
+def test_a_cosine_run_cannot_go_on_for_more_epochs(tmp_path):
+    options = {"fusion": "sum", "dim": 8, "epochs": 2, "schedule": "cosine"}
+    train(RECIPE, tmp_path, tmp_path / "run", options)
+    train(RECIPE, tmp_path, tmp_path / "run", options, resume=True)
+    with pytest.raises(CheckpointError, match="the run has epochs = 2, expected 3 to resume it"):
+        train(RECIPE, tmp_path, tmp_path / "run", {**options, "epochs": 3}, resume=True)
 
 
 def test_callers_random_state_is_untouched():
