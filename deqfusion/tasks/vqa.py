@@ -20,6 +20,7 @@ part alone.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,10 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.errors import DataError
 from ..data.regions import RegionFeatures
 from ..data.vqa import NUM_ANSWERS, Question, answer_vocabulary, hold_out_images, load_vqa
 from ..data.words import encode_words, word_vocabulary
-from ..engine import Config, Field, Objective, Recipe, Splits, configured_fusion
+from ..engine import Config, Field, Objective, OptionError, Recipe, Splits, configured_fusion
 from ..engine.kinds import Kind, OneOf, RealNumber, Sha256, Switch, WholeNumber
 from ..metrics.vqa import ANSWER_TYPES, answer_accuracy, mean_accuracies, normalise_answer
 from ..models.vqa import ENCODERS, QuestionEncoder, RegionAttention, VQAModel
@@ -153,6 +155,7 @@ class VQA(Recipe):
         "num_words": WholeNumber(2, 10_000_000),
         "num_answers": WholeNumber(1, 1_000_000),
         "region_width": WholeNumber(0, 1_000_000),
+        "vocabulary_sha256": Sha256(),
         "data_sha256": Sha256(),
     }
     selection: ClassVar[tuple[str, Literal["max", "min"]]] = ("accuracy", "max")
@@ -168,16 +171,23 @@ class VQA(Recipe):
         """Read questions, choose words and answers by the training part, and find the images.
 
         Raises:
-            DataError: see `load_vqa`, `RegionFeatures` and `answer_vocabulary`.
+            DataError: see `load_vqa` and `RegionFeatures`.
+            OptionError: too few images to hold any out; no answer is frequent enough.
         """
         data = load_vqa(data_dir)
         train, validation = data.train, data.validation
         if validation is None:
-            train, validation = hold_out_images(
-                train, config["validation_fraction"], config["seed"]
-            )
+            try:
+                train, validation = hold_out_images(
+                    train, config["validation_fraction"], config["seed"]
+                )
+            except DataError as error:
+                raise OptionError("validation_fraction", str(error)) from error
         parts = (train, validation, data.test)
-        answers = answer_vocabulary(train, config["min_answer_count"], config["max_answers"])
+        try:
+            answers = answer_vocabulary(train, config["min_answer_count"], config["max_answers"])
+        except DataError as error:
+            raise OptionError("min_answer_count", str(error)) from error
         words = word_vocabulary((question.text for question in train), config["min_word_count"])
         digest, regions = data.sha256, None
         if config["image"] == "regions":
@@ -196,6 +206,8 @@ class VQA(Recipe):
             "num_words": len(words) + 2,
             "num_answers": len(answers),
             "region_width": 0 if regions is None else regions.width,
+            # Other words or answers of the same number would be taken for these.
+            "vocabulary_sha256": _digest([list(words.items()), answers]),
             "data_sha256": digest,
         }
         return Splits(*splits), facts
@@ -250,6 +262,10 @@ class VQA(Recipe):
 
 
 RECIPES: dict[str, Recipe] = {"vqa": VQA()}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _call(model: nn.Module, batch: dict[str, Tensor]) -> Any:

@@ -246,6 +246,20 @@ def test_command_trains_and_evaluates(folder, tmp_path, capsys):
     assert {"accuracy", "accuracy_number", "baseline_yes"} <= metrics.keys()
 
 
+def test_evaluate_refuses_other_words_of_the_same_number(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--dim", "16", "--epochs", "1", "--min-answer-count", "1", "--image", "none"]
+    data = ["--data-dir", str(folder)]
+    assert main(["train", "vqa", *data, "--out", str(out), *options, "--quiet"]) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in folder.glob("*.json"):
+        (other / path.name).write_text(path.read_text().replace("blue", "mauve"))
+    capsys.readouterr()
+    assert main(["evaluate", "--data-dir", str(other), "--checkpoint", str(out)]) == 2
+    assert "the run has vocabulary_sha256 = " in capsys.readouterr().err
+
+
 def test_command_refuses_in_one_line(tmp_path, capsys):
     write_part(tmp_path, "train2014", range(1, 5), official=True)
     arguments = ["train", "vqa", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
