@@ -19,6 +19,7 @@ table and seven chairs):
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -41,7 +42,7 @@ from ..data.sunrgbd import (
 )
 from ..engine.kinds import Kind, OneOf, RealNumber, Sha256, Switch, WholeNumber, WholeNumbers
 from ..engine.options import configured_fusion
-from ..engine.recipe import Config, Field, Objective, Recipe, Splits
+from ..engine.recipe import Config, Field, Objective, OptionError, Recipe, Splits
 from ..metrics.boxes import points_in_boxes, suppress
 from ..metrics.detection import Detections, average_precision, detection_metrics
 from ..models.images import IMAGE_ENCODERS, ResNetStem, build_image_encoder
@@ -79,8 +80,8 @@ class SceneSamples:
         augment: bool = False,
     ) -> None:
         self.scenes, self.num_points, self.color = list(scenes), num_points, color
-        self.draw, self.augment = draw, augment
-        self._read = lru_cache(_KEPT_SCENES)(lambda files: read_scene(files, image_size))
+        self.draw, self.augment, self.image_size = draw, augment, image_size
+        self._read = lru_cache(_KEPT_SCENES)(self._scene)
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -102,8 +103,19 @@ class SceneSamples:
             sample["present"] = torch.arange(most) < most - missing
         return {key: torch.stack([sample[key] for sample in chosen]) for key in chosen[0]}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A cache cannot be sent to a worker that is spawned; it makes one of its own.
+        return {key: value for key, value in self.__dict__.items() if key != "_read"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._read = lru_cache(_KEPT_SCENES)(self._scene)
+
+    def _scene(self, files: SceneFiles) -> Scene:
+        return read_scene(files, self.image_size)
+
     def _sample(self, index: int) -> dict[str, Tensor]:
-        scene: Scene = self._read(self.scenes[index])
+        scene = self._read(self.scenes[index])
         generator = None if self.draw else torch.Generator().manual_seed(index)
         count = len(scene.points)
         if count >= self.num_points:
@@ -188,16 +200,18 @@ class SunRgbdRecipe(Recipe):
         """Find and check all scenes; hold out scenes to choose the epoch by.
 
         Raises:
-            DataError: see `find_scenes`; too few scenes to hold any out; a split without boxes.
+            DataError: see `find_scenes`; a split without boxes.
+            OptionError: too few scenes to hold any out.
         """
         scenes, test = find_scenes(data_dir, config["labels"])
         fraction, count = config["validation_fraction"], len(scenes)
         order = np.random.default_rng(config["seed"]).permutation(count)
         held = round(fraction * count)
         if fraction > 0 and not 0 < held < count:
-            raise DataError(
-                f"{scenes[0].points.parent}: cannot hold out {fraction:g} of {count} scenes, "
-                "expected enough for both parts (or a validation_fraction of 0)"
+            raise OptionError(
+                "validation_fraction",
+                f"cannot hold out {fraction:g} of {count} scenes in {scenes[0].points.parent}, "
+                "expected both parts to have at least one (or a fraction of 0)",
             )
         trained = [scenes[index] for index in sorted(order[held:])]
         chosen = [scenes[index] for index in sorted(order[:held])] if held else trained
@@ -307,8 +321,6 @@ def _proposals(model: nn.Module, batch: dict[str, Tensor]) -> Proposals:
 
 
 def _joined(digests: list[str]) -> str:
-    import hashlib
-
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from deqfusion.cli import main
 from deqfusion.data import DataError
 from deqfusion.data.sunrgbd import find_scenes
+from deqfusion.engine import OptionError
 from deqfusion.engine.options import ENGINE_FIELDS
 from deqfusion.metrics import points_in_boxes
 from deqfusion.models import votenet
@@ -143,8 +145,16 @@ def test_scenes_are_held_out_of_training(tmp_path):
     assert {files.points.name[:6] for files in other.validation.scenes} != names[1]
 
 
+def test_samples_can_be_sent_to_a_spawned_worker(root):
+    samples = RECIPE.load(root, config())[0].validation
+    sent = pickle.loads(pickle.dumps(samples))
+    rows = torch.tensor([0])
+    for key, value in samples.batch(rows).items():
+        assert torch.equal(sent.batch(rows)[key], value)
+
+
 def test_too_few_scenes_and_splits_without_boxes(root):
-    with pytest.raises(DataError, match=r"votenet_v1: cannot hold out 0\.1 of 1 scenes"):
+    with pytest.raises(OptionError, match=r"^validation_fraction: cannot hold out 0\.1 of 1 scen"):
         RECIPE.load(root, config(validation_fraction=0.1))
     splits, _ = RECIPE.load(root, config())
     assert splits.test is None
