@@ -36,29 +36,13 @@ from ..engine import (
     configured_fusion,
     data_sha256,
 )
-from ..engine.kinds import Kind, OrNull, RealNumber, Sha256, WholeNumber, WholeNumbers
+from ..engine.kinds import Kind, OrNull, RealNumber, Sha256, SomeOf, WholeNumber, WholeNumbers
 from ..metrics.regression import sentiment_metrics
 from ..models.mosi import FeatureEncoder, SentimentOutput, SentimentRegressor
 from ..models.text import TransformerEncoder
 
 # Of a transformer's configuration: two copies of a model may differ in them.
 _OF_A_PLACE = ("_name_or_path", "transformers_version")
-
-
-class Modalities(Kind):
-    """Distinct names of MOSI's modalities; as an argument, `text,audio`."""
-
-    expected = f"a list of distinct names of {', '.join(MOSI_MODALITIES)}"
-
-    def accepts(self, value: Any) -> bool:
-        """Whether it is such a list, not empty."""
-        if not isinstance(value, list) or not value or not all(map(_is_modality, value)):
-            return False
-        return len(set(value)) == len(value)
-
-    def parse(self, text: str) -> list[str]:
-        """Divide an argument at its commas."""
-        return text.split(",")
 
 
 class EncoderName(Kind):
@@ -87,7 +71,7 @@ class MOSIRecipe(Recipe):
     name = "mosi"
     help = "sentiment of utterances from text, audio and video: CMU-MOSI"
     fields: ClassVar = {
-        "modalities": Field(Modalities(), list(MOSI_MODALITIES), "what is fused, by name"),
+        "modalities": Field(SomeOf(MOSI_MODALITIES), list(MOSI_MODALITIES), "what is fused"),
         "validation_fraction": Field(
             RealNumber(0.0, above=True, below=1.0),
             0.2,
@@ -116,7 +100,6 @@ class MOSIRecipe(Recipe):
     facts: ClassVar = {
         "input_widths": WholeNumbers(1, 10_000_000),
         "text_config": OrNull(EncoderConfig()),
-        "ambiguous": WholeNumber(0),
         "data_sha256": Sha256(),
     }
     selection = ("mae", "min")
@@ -147,7 +130,6 @@ class MOSIRecipe(Recipe):
         facts = {
             "input_widths": widths,
             "text_config": text_config,
-            "ambiguous": data.ambiguous,
             "data_sha256": data_sha256(_arrays(data)),
         }
         return splits, facts
@@ -214,10 +196,6 @@ class MOSIRecipe(Recipe):
 RECIPES = {"mosi": MOSIRecipe()}
 
 
-def _is_modality(value: Any) -> bool:
-    return isinstance(value, str) and value in MOSI_MODALITIES
-
-
 def _encoders(model: nn.Module) -> list[nn.Module]:
     return list(cast(SentimentRegressor, model).encoders)
 
@@ -254,9 +232,9 @@ def _pretrained(kind: str, name: str, **options: Any) -> Any:
         return getattr(_transformers(), kind).from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"text_encoder: got {name!r}, which cannot be loaded ({reason}), "
-            f"expected {EncoderName.expected}"
+        raise OptionError(
+            "text_encoder",
+            f"got {name!r}, which cannot be loaded ({reason}), expected {EncoderName.expected}",
         ) from error
 
 
@@ -282,8 +260,8 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(
-            "text_encoder: needs the library transformers, which is not installed: "
-            "pip install deqfusion[text]"
+        raise OptionError(
+            "text_encoder",
+            "needs the library transformers, which is not installed: pip install deqfusion[text]",
         ) from error
     return transformers

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from deqfusion.cli import main
+from deqfusion.data import MOSI_MODALITIES
 from deqfusion.data.mosi import load_mosi
 from deqfusion.engine import OptionError
 from deqfusion.engine.config import checked, fault
+from deqfusion.engine.kinds import SomeOf
 from deqfusion.models.mosi import FeatureEncoder
 from deqfusion.models.text import TransformerEncoder
-from deqfusion.tasks.mosi import RECIPES, EncoderConfig, EncoderName, Modalities
+from deqfusion.tasks.mosi import RECIPES, EncoderConfig, EncoderName
 from tests.data.small_mosi import WIDTHS, write_mosi
 
 RECIPE = RECIPES["mosi"]
@@ -161,7 +163,11 @@ def test_data_is_known_by_its_content(folder, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (Modalities(), [["text"], ["video", "audio"]], [[], ["text", "text"], ["smell"], "text"]),
+        (
+            SomeOf(MOSI_MODALITIES),
+            [["text"], ["video", "audio"]],
+            [[], ["text", "text"], ["smell"], "text"],
+        ),
         (EncoderName(), ["bert"], ["", " ", 3, None]),
         (EncoderConfig(), [{"model_type": "bert"}], [{}, {"model_type": 1}, "bert"]),
     ],
@@ -169,7 +175,7 @@ def test_data_is_known_by_its_content(folder, tmp_path):
 def test_kinds_of_options(kind, good, bad):
     assert all(map(kind.accepts, good))
     assert not any(map(kind.accepts, bad))
-    assert Modalities()("text,audio") == ["text", "audio"]
+    assert SomeOf(MOSI_MODALITIES)("text,audio") == ["text", "audio"]
 
 
 def test_encoder_without_text():
@@ -244,13 +250,13 @@ def test_transformer_has_a_rate_of_its_own(folder, encoder):
 def test_encoder_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("transformers", reason="transformers is not installed (the extra text)")
-    with pytest.raises(ValueError, match=r"text_encoder: got '.*', which cannot be loaded \("):
+    with pytest.raises(OptionError, match=r"text_encoder: got '.*', which cannot be loaded \("):
         RECIPE.load(folder, configuration(text_encoder=str(tmp_path)))
 
 
 def test_without_transformers(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"pip install deqfusion\[text\]"):
+    with pytest.raises(OptionError, match=r"pip install deqfusion\[text\]"):
         RECIPE.load(folder, configuration(text_encoder="bert"))
 
 
@@ -282,7 +288,7 @@ def test_command_with_a_transformer(folder, encoder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--modalities", "text,smell"], "expected a list of distinct names of text, audio, video"),
+        (["--modalities", "text,smell"], "expected distinct ones of text, audio, video"),
         (["--validation-fraction", "0.99"], "--validation-fraction: cannot hold out 0.99 of 6"),
         (["--text-encoder", "bert", "--modalities", "audio"], "--text-encoder: got 'bert' for"),
     ],
