@@ -27,7 +27,7 @@ class Brca2012(Classification):
     name = "brca2012"
     help = "TCGA breast cancer subtypes from three to five omics, in folds"
     fields: ClassVar[Mapping[str, Field]] = {
-        "omics": Field(SomeOf(_OMICS), ["mrna", "meth", "mirna"], "files to read"),
+        "modalities": Field(SomeOf(_OMICS), ["mrna", "meth", "mirna"], "files to read"),
         "normal": Field(Switch(), False, "keep the class Normal, of 5 patients"),
         "folds": Field(WholeNumber(2, 1000), 5, "of which each is once the test part"),
         **Classification.fields,
@@ -39,7 +39,7 @@ class Brca2012(Classification):
 
     def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
         without = () if config["normal"] else ("Normal",)
-        rows, classes = load_indexed(data_dir, config["omics"], "pam50", without=without)
+        rows, classes = load_indexed(data_dir, config["modalities"], "pam50", without=without)
         facts = {
             "input_widths": [view.shape[1] for view in rows.modalities],
             "num_classes": len(classes),
@@ -54,9 +54,9 @@ class Brca2012(Classification):
         found = overflow(rows, fitted, config["scaling"])
         if found is not None:
             index, row, column, scaled = found
-            value = rows.modalities[index][row, column]
+            value, name = rows.modalities[index][row, column], config["modalities"][index]
             raise DataError(
-                f"{data_dir / config['omics'][index]}.csv, row {row + 1} of those in labels.csv, "
+                f"{data_dir / name}.csv, row {row + 1} of those in labels.csv, "
                 f"column {column + 2}: {overflow_message(value, scaled)}"
             )
         return Splits(samples(fitted), samples(validation), samples(rows.take(test))), facts

@@ -76,7 +76,7 @@ def test_normal_tissue_is_a_class_where_asked_for(cancers, tmp_path):
     ("options", "message"),
     [
         (["--folds", "20"], "--folds: labels: the smallest class has 10 rows, expected at least"),
-        (["--omics", "protein"], "protein.csv.gz: no such file"),
+        (["--modalities", "protein"], "protein.csv.gz: no such file"),
     ],
 )
 def test_folds_and_files_that_are_not_there(cancers, tmp_path, capsys, options, message):
