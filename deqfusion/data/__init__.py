@@ -6,7 +6,6 @@ from .indexed import load_indexed
 from .mmimdb import MMIMDB_SPLIT, MMIMDBFile, mmimdb_split
 from .mogonet import (
     LabelledModalities,
-    MinMaxScaling,
     MogonetData,
     load_mogonet,
     read_labels,
@@ -30,7 +29,6 @@ __all__ = [
     "DigitsPart",
     "LabelledModalities",
     "MMIMDBFile",
-    "MinMaxScaling",
     "MogonetData",
     "MosiData",
     "MosiPart",

@@ -61,46 +61,6 @@ class MogonetData:
         )
 
 
-@dataclass(frozen=True)
-class MinMaxScaling:
-    """Scaling of every feature to 0..1 over the rows that it was fitted on, and on no others.
-
-    Attributes:
-        minimum, span: float64 arrays (features,), one of each per modality; a constant feature has
-            span 1, so that it becomes 0 there.
-    """
-
-    minimum: tuple[NDArray[np.float64], ...]
-    span: tuple[NDArray[np.float64], ...]
-
-    @classmethod
-    def fit(cls, modalities: Sequence[NDArray[np.float64]]) -> MinMaxScaling:
-        """Take minimum and span of each feature from arrays (rows, features)."""
-        minimum = tuple(view.min(axis=0) for view in modalities)
-        with np.errstate(over="ignore"):
-            pairs = zip(modalities, minimum, strict=True)
-            spans = [view.max(axis=0) - low for view, low in pairs]
-        return cls(minimum, tuple(np.where(span > 0, span, 1.0) for span in spans))
-
-    def transform(
-        self, modalities: Sequence[NDArray[np.float64]]
-    ) -> tuple[NDArray[np.float64], ...]:
-        """Scale arrays (rows, features) of the same modalities; other rows may leave 0..1.
-
-        Where a number is too large for the scale, the result is inf or NaN.
-
-        Raises:
-            ValueError: a number of modalities or features other than the fitted one.
-        """
-        got = [view.shape[1] for view in modalities]
-        expected = [len(low) for low in self.minimum]
-        if got != expected:
-            raise ValueError(f"modalities: got {got} features, expected {expected} as fitted")
-        triples = zip(modalities, self.minimum, self.span, strict=True)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return tuple((view - low) / span for view, low, span in triples)
-
-
 def load_mogonet(folder: str | Path, modalities: Sequence[int] = (1, 2, 3)) -> MogonetData:
     """Read a folder in MOGONET's layout.
 

@@ -8,7 +8,6 @@ import pytest
 
 from deqfusion.data import (
     DataError,
-    MinMaxScaling,
     load_mogonet,
     read_labels,
     read_matrix,
@@ -168,15 +167,6 @@ def test_one_class_only(folder):
     (folder / "labels_tr.csv").write_text("0\n" * 12)
     with pytest.raises(DataError, match=r"labels_tr\.csv: one class only"):
         load_mogonet(folder, [1, 2])
-
-
-def test_scaling_uses_its_own_rows_only():
-    train = (np.array([[1.0, 5.0], [3.0, 5.0]]),)
-    scaling = MinMaxScaling.fit(train)
-    np.testing.assert_array_equal(scaling.transform(train)[0], [[0.0, 0.0], [1.0, 0.0]])
-    np.testing.assert_array_equal(scaling.transform((np.array([[5.0, 6.0]]),))[0], [[2.0, 1.0]])
-    with pytest.raises(ValueError, match=r"got \[3\] features, expected \[2\]"):
-        scaling.transform((np.zeros((1, 3)),))
 
 
 def test_repeated_splits_are_stratified_disjoint_and_seeded(folder):

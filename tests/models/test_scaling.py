@@ -16,6 +16,9 @@ def test_kinds_by_hand():
     low, high = (InputScaling([3, 1], kind).fit(views)(views) for kind in ("minmax", "centered"))
     torch.testing.assert_close(low[0][:, 0], torch.tensor([0.0, 1.0, 0.5]))
     torch.testing.assert_close(high[0][:, 2], torch.tensor([-3.0, -1.0, 4.0]) / 7)
+    # Other rows leave 0..1: nothing is fitted to them.
+    other = InputScaling([1]).fit(views[1:])([torch.tensor([[5.0]])])
+    assert other[0].item() == 2.5
     standard = InputScaling([3, 1], "standard").fit(views)(views)
     torch.testing.assert_close(standard[1].square().mean(), torch.tensor(1.0))
 
