@@ -253,7 +253,9 @@ class _Step(nn.Module):
                     f"jacobian_weight: got {self.weight} for an objective without equilibrium, "
                     "expected 0"
                 )
-            penalty = fusion.jacobian_penalty(equilibrium, features)
+            # Features of an autocast encoder may be narrower than the fusion's parameters.
+            with torch.autocast(device, self.amp, enabled=self.amp is not None):
+                penalty = fusion.jacobian_penalty(equilibrium, features)
             objective = loss + self.weight * penalty
         means = torch.stack([loss.detach().double(), penalty.detach().double()])
         if equilibrium is None:

@@ -87,6 +87,7 @@ def test_best_epoch_is_the_one_of_least_validation_loss_and_the_model_is_of_it()
         ("sum", {"optimizer": "adam", "schedule": "step", "step_epochs": 2, "batch_size": None}),
         ("gated", {"fusion_rate": 0.1, "weight_decay": 0.1, "clip_norm": None}),
         ("weight_tied:1", {"amp": "bfloat16"}),
+        ("deq", {"amp": "bfloat16", "jacobian_weight": 1.0}),
         ("concat", {"amp": "float16", "learning_rate": 1.0}),
         ("attention", {"workers": 1, "epochs": 4}),
     ],
