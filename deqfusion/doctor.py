@@ -28,7 +28,7 @@ from deqfusion.reference.solve import bfloat16_instructions
 
 __all__ = ["collect", "register_commands", "render", "run", "self_test"]
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "scikit-learn", "matplotlib")
+PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "scikit-learn", "matplotlib")
 VARIABLES = (
     "DEQFUSION_BACKEND",
     "DEQFUSION_CACHE",
