@@ -63,7 +63,7 @@ class SolveOptions:
         ridge, relative: of the Gram matrix.
         mixing: beta.
         precision: of products, one of `PRECISIONS`.
-        ladder: whether the first steps have bfloat16 products.
+        ladder: whether steps far from the tolerance have bfloat16 products.
         truncated: `max_steps` damped steps and no more (phantom gradients); of an adjoint only.
 
     Raises:
@@ -127,10 +127,11 @@ def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128)
         capability: of a CUDA device, as 80 or 90; 0 for others.
         padded: P, channels of a padded group.
 
-    Without spills up to groups of 256 channels. Below 90 the compiler keeps more of a program in
-    registers, so that products are half as deep, adjoints have one stage, and schedule step tiles
-    of 32 x 128 instead of 64 x 128; wide groups take shallow products and small tiles, above 90
-    others deeper ones. `python -m deqfusion.kernels.targets` tells, and what wider groups spill.
+    Without spills up to groups of 256 channels, with the default solver and cell. Below 90 the
+    compiler keeps more of a program in registers, so that products are half as deep, adjoints have
+    one stage, and schedule step tiles of 32 x 128 instead of 64 x 128; wide groups take shallow
+    products and small tiles, above 90 others deeper ones. `python -m deqfusion.kernels.targets`
+    tells, and what wider groups spill.
     """
     old, wide = 0 < capability < 90, padded >= 256
     if schedule == "step":

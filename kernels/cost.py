@@ -13,9 +13,10 @@ step; in *step* the host launches each phase, of which an adjoint has one more:
 with g = 1 or G, b the bytes of a weight, L2 and rate those of one multiprocessor (rate times the
 part of a matrix instruction's 64 rows that BM fills), and waves the programs over the
 multiprocessors, rounded up. Where all weights exceed the L2 cache, what they take from memory is a
-floor of a step. Where nothing was tuned, the model chooses the schedule. The constants are
-`DEVICES`; only those of the H200 were measured (by others, on one), the rest are data sheets', and
-what none gives is marked assumed.
+floor of a step. Every step counts as one with bfloat16 products where the solve has any, and what
+the ladder keeps of an exact evaluation is not counted. Where nothing was tuned, the model chooses
+the schedule. The constants are `DEVICES`; only those of the H200 were measured (by others, on one),
+the rest are data sheets', and what none gives is marked assumed.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def judge(gn, fn, done, running, best, improved_at, restarts, last, rtol, atol):
 
 @triton.jit
 def relative_residual(gn, fn):
-    """gn / fn [BM], within the range of fp32; NaN where gn is."""
+    """gn / fn [BM], within the range of fp32; of no meaning where either is not finite."""
     return tl.minimum(gn / tl.maximum(fn, 1.1754943508222875e-38), 3.4028234663852886e38)
 
 
@@ -194,11 +194,14 @@ def advance(
             following = tl.where(lost[:, None], best - back[:, None] * step_back, following)
         if LADDER != "":
             # What was evaluated is the next differences' origin, or there is one.
-            now = tl.zeros([BM, P], dtype=tl.int32) + kind == ANCHORED
-            evaluated = tl.load(z + tile, mask=now, other=0.0)
-            tl.store(anchors + tile, evaluated, mask=now)
-            apart = following - evaluated - tl.load(anchors + tile, mask=now == 0, other=0.0)
-            tl.store(deltas + tile, apart.to(tl.bfloat16))
+            every = tl.zeros([BM, P], dtype=tl.int32) + kind
+            evaluated = tl.load(z + tile, mask=every == ANCHORED, other=0.0)
+            tl.store(anchors + tile, evaluated, mask=every == ANCHORED)
+            apart = following - evaluated
+            apart -= tl.load(anchors + tile, mask=every == NEAR, other=0.0)
+            tl.store(deltas + tile, apart.to(tl.bfloat16), mask=every != EXACT)
+            # z was loaded in another layout than it is stored in: by other threads.
+            tl.debug_barrier()
         tl.store(z + tile, following, mask=moving[:, None])
 
 

@@ -8,8 +8,10 @@ import triton.language as tl
 from deqfusion import Anderson, DEQFusion, Status, functional
 from deqfusion.kernels import solves
 from deqfusion.kernels.config import SolveOptions
-from deqfusion.kernels.solver import astray, judge
+from deqfusion.kernels.primitives import ANCHORED, EXACT, NEAR
+from deqfusion.kernels.solver import astray, finish, judge, kind_of
 from deqfusion.reference.cell import fusion_cell, gate_constants
+from deqfusion.reference.host import ANCHOR_EVERY, FIRST_ANCHOR
 from deqfusion.reference.iterate import MAX_RESTARTS, PATIENCE
 from tests.kernels.problems import CONFIG, Config, Problem
 
@@ -77,6 +79,76 @@ def test_what_a_residual_decides(restart):
         assert got[3] == (STEP if improved else before[3]), name
         expected_best = before[0] / before[1] if improved else before[2]
         assert best[row].item() == pytest.approx(expected_best), name
+
+
+@triton.jit
+def kinds_kernel(out, exact):
+    zero = tl.min(tl.zeros([16], dtype=tl.int32), 0)
+    for step in range(0, 30):
+        tl.store(out + step, kind_of(zero + exact, zero + step, "low"))
+
+
+def test_which_evaluations_are_exact():
+    """As the CPU's loop has them, while rows are on the ladder; all of them after."""
+    kinds = torch.full((2, 30), -1, dtype=torch.int32)
+    for exact in (0, 1):
+        kinds_kernel[(1,)](kinds[exact], exact)
+    anchored = [
+        step == 0 or (step >= FIRST_ANCHOR and (step - FIRST_ANCHOR) % ANCHOR_EVERY == 0)
+        for step in range(30)
+    ]
+    assert kinds[0].tolist() == [ANCHORED.value if a else NEAR.value for a in anchored]
+    assert (kinds[1] == EXACT.value).all()
+
+
+@triton.jit
+def finish_kernel(planes, whole, norms, counts, out, kind):
+    """The end of a step of 16 rows of 16 channels; planes: z, best f and g, f, g, anchors."""
+    at = tl.arange(0, 16)
+    z, best_f, best_g, f, g, anchors = (
+        planes, planes + 256, planes + 512, planes + 768, planes + 1024, planes + 1280,
+    )  # fmt: skip
+    running = at >= 0
+    zero = tl.zeros([16], dtype=tl.int32)
+    best = tl.full([16], 0.5, dtype=tl.float32)
+    alive, running, best, _, _, _, _, exact, _ = finish(
+        z, best_f, best_g, f, g, 256, anchors, whole, planes, counts, counts + 16, out, out,
+        tl.load(norms + at), tl.load(norms + 16 + at), tl.zeros([16, 8], dtype=tl.float32), 7, 50,
+        running, running, best, zero, zero, zero, zero + 7, 0, kind, 1e-3, 0.0, 0.0, 1.0, 0, 1,
+        16, 16, 0, 16, True, "low", False, False, True,
+    )  # fmt: skip
+    tl.store(counts + 32 + at, alive.to(tl.int32))
+    tl.store(counts + 48 + at, running.to(tl.int32))
+    tl.store(counts + 64 + at, exact + zero)
+    tl.store(out + 16 + at, best)
+
+
+@pytest.mark.parametrize("kind", [NEAR, ANCHORED])
+def test_only_exact_evaluations_end_rows_and_are_their_best(kind):
+    planes, whole = torch.randn(6, 16, 16), torch.zeros(16, 16, dtype=torch.bfloat16)
+    before = planes.clone()
+    norms = torch.ones(2, 16)
+    # Within the tolerance; within reach of it; better than the best; not finite.
+    norms[0, :4] = torch.tensor([5e-4, 1.5e-3, 0.1, torch.nan])
+    norms[0, 4:] = 0.6
+    counts, out = torch.full((5, 16), -1, dtype=torch.int32), torch.full((2, 16), -1.0)
+    finish_kernel[(1,)](planes, whole, norms.square(), counts, out, kind.value)
+    status, _, alive, running, exact = counts
+    near = kind is NEAR
+    assert status[:4].tolist() == ([-1] * 4 if near else [Status.CONVERGED, -1, -1, -1])
+    assert alive[:5].tolist() == [int(near), 1, 1, 1, 1]
+    assert running[:5].tolist() == [0, 0, 1, 0, 1]
+    assert not exact.any()
+    best = [0.5] * 4 if near else [5e-4, 1.5e-3, 0.1, 0.5]
+    torch.testing.assert_close(out[1, :4], torch.tensor(best))
+    kept = planes[1, :5] == before[3, :5]
+    assert kept.all(1).tolist() == ([False] * 5 if near else [True, True, True, False, False])
+    # What follows is f, or half a step from the best where the row is lost.
+    assert torch.equal(planes[0, 2], before[3, 2])
+    torch.testing.assert_close(planes[0, 3], before[1, 3] - 0.5 * before[2, 3])
+    origin = planes[5, 2] if near else before[0, 2]
+    assert torch.equal(planes[5, 2], origin)
+    assert torch.equal(whole[2], (planes[0, 2] - origin).to(torch.bfloat16))
 
 
 SCHEDULES = [CONFIG, Config("step", depth=16)]
