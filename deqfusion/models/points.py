@@ -24,11 +24,12 @@ from torch import Tensor, nn
 _PAIRS = 2**24
 
 
-@torch.library.custom_op("deqfusion::furthest_points", mutates_args=())
+@torch.library.custom_op("deqfusion_models::furthest_points", mutates_args=())
 def furthest_points(points: Tensor, count: int) -> Tensor:
     """Choose points, each the furthest from those chosen before; the first is point 0.
 
-    An operator, so that compilers see one call instead of `count` steps.
+    An operator, so that compilers see one call instead of `count` steps; not of the namespace
+    `deqfusion`, which is the solves'.
 
     Args:
         points: (B, N, 3).
