@@ -47,19 +47,18 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
 
-# Two processes, for two cores: interpreted programs take as long as everything else, of which
-# compiling for targets is a part. Exit code 5:
-# no test was selected (PYTEST_ARGS="-k ...") in one of them.
-INTERPRETED := $(filter-out %/test_targets.py,$(wildcard tests/kernels/test_*.py))
+# Two processes, for two cores: the programs, interpreted and compiled for their targets, take about
+# as long as everything else. Exit code 5: no test was selected (PYTEST_ARGS="-k ...") in one of them.
+PROGRAMS := tests/kernels
 
 test: lint
 	@$(MAKE) --no-print-directory -j2 --output-sync=target test-library test-programs
 
 test-library:
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(INTERPRETED)) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest --ignore=$(PROGRAMS) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-programs:
-	$(BIN)/python -m pytest $(INTERPRETED) -p no:cacheprovider $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest $(PROGRAMS) -p no:cacheprovider $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/deqfusion bench $(BENCH_ARGS)
