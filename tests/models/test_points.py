@@ -34,7 +34,9 @@ def test_furthest_points_visit_all_and_then_repeat():
 
 
 def test_furthest_points_is_an_operator():
-    torch.library.opcheck(torch.ops.deqfusion_models.furthest_points.default, (torch.randn(2, 9, 3), 4))
+    torch.library.opcheck(
+        torch.ops.deqfusion_models.furthest_points.default, (torch.randn(2, 9, 3), 4)
+    )
 
 
 @pytest.mark.parametrize("pairs", [2**24, 100])
