@@ -49,6 +49,9 @@ class DEQFusion(nn.Module):
             slower, same fixed point.
         device, dtype: of the parameters; fp64, fp32, bf16 or fp16.
 
+    A row whose features are not finite has no answer: its output is 0, not NaN, its gradients are
+    0, and only its status (`equilibrium(...).stats`) says NON_FINITE.
+
     Raises:
         ValueError, TypeError: naming the argument, what was got and what was expected.
     """
