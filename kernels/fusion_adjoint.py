@@ -208,24 +208,9 @@ def fusion_adjoint_kernel(
                 factor = load_true(fusion_mask, begin, local, take_part, group, column, DIM, DG)
             x_tile = injection_tile(x, begin, local, take_part, group, column, DIM, DG)
             v = injected(
-                u_rows,
-                wf,
-                wf,
-                z,
-                0,
-                vectors,
-                x_tile,
-                factor,
-                group,
-                W,
-                EXACT,
-                W,
-                P,
-                BM,
-                BK,
-                PRECISION,
-                "",
-            )
+                u_rows, wf, wf, z, z, vectors, x_tile, factor, group, W, EXACT, W, P, BM, BK,
+                PRECISION, "",
+            )  # fmt: skip
             _, hat, deviation = normalised(v, vectors, group, W, DG, P, RELU_LAST)
             tl.store(xhat + tile, hat)
             tl.store(rstd + local * G + group, deviation)

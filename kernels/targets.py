@@ -75,18 +75,7 @@ _TYPES = {
     ),
     "present": "*i8",
     **dict.fromkeys(
-        (
-            "low",
-            "other_low",
-            "low1",
-            "low2",
-            "lowg",
-            "lowf",
-            "lowb1",
-            "lowb2",
-            "lowbg",
-            "lowbf",
-        ),
+        ("low", "other_low", "low1", "low2", "lowg", "lowf", "lowb1", "lowb2", "lowbg", "lowbf"),
         "*bf16",
     ),
     **dict.fromkeys(

@@ -172,25 +172,18 @@ def joint_cell(
     return torch.cat((z, fused.unsqueeze(0)))
 
 
-def _normalized(x: Tensor, o: CellOptions) -> tuple[Tensor, Tensor]:
-    """xhat (..., G, d / G) and inverse deviations (..., G, 1) of a group normalisation's input.
-
-    As the solves compute them, and not as PyTorch's kernel does: where a variance overflows, the
-    deviation is infinite and xhat 0, and no NaN.
-    """
-    grouped = x.unflatten(-1, (o.num_groups, -1))
-    centred = grouped - grouped.mean(-1, keepdim=True)
-    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + EPS)
-    return centred * rstd, rstd
-
-
 def _norm_and_jvp(
     x: Tensor, dx: Tensor, weight: Tensor, bias: Tensor, o: CellOptions
 ) -> tuple[Tensor, Tensor]:
-    """Group normalisation of x (..., d), and its derivative there in the direction dx."""
-    xhat, rstd = _normalized(x, o)
-    dx = dx.unflatten(-1, (o.num_groups, -1))
-    dx = dx - dx.mean(-1, keepdim=True)
+    """`group_norm` of x (..., d), and its derivative there in the direction dx.
+
+    As the solves compute it, and not by PyTorch's kernel as `normalize` does: where a variance
+    overflows, the result is the bias and its derivative 0, and nothing is NaN.
+    """
+    x, dx = (t.unflatten(-1, (o.num_groups, -1)) for t in (x, dx))
+    centred, dx = x - x.mean(-1, keepdim=True), dx - dx.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + EPS)
+    xhat = centred * rstd
     dy = (dx - xhat * (xhat * dx).mean(-1, keepdim=True)) * rstd
     return xhat.flatten(-2) * weight + bias, dy.flatten(-2) * weight
 

@@ -9,9 +9,9 @@ from deqfusion import Anderson, DEQFusion, Status, functional
 from deqfusion.kernels import solves
 from deqfusion.kernels.config import SolveOptions
 from deqfusion.kernels.primitives import ANCHORED, EXACT, NEAR
-from deqfusion.kernels.solver import astray, finish, judge, kind_of
+from deqfusion.kernels.solver import REACH, astray, finish, judge, kind_of
+from deqfusion.reference import host
 from deqfusion.reference.cell import fusion_cell, gate_constants
-from deqfusion.reference.host import ANCHOR_EVERY, FIRST_ANCHOR
 from deqfusion.reference.iterate import MAX_RESTARTS, PATIENCE
 from tests.kernels.problems import CONFIG, Config, Problem
 
@@ -94,11 +94,13 @@ def test_which_evaluations_are_exact():
     for exact in (0, 1):
         kinds_kernel[(1,)](kinds[exact], exact)
     anchored = [
-        step == 0 or (step >= FIRST_ANCHOR and (step - FIRST_ANCHOR) % ANCHOR_EVERY == 0)
+        step == 0
+        or (step >= host.FIRST_ANCHOR and (step - host.FIRST_ANCHOR) % host.ANCHOR_EVERY == 0)
         for step in range(30)
     ]
     assert kinds[0].tolist() == [ANCHORED.value if a else NEAR.value for a in anchored]
     assert (kinds[1] == EXACT.value).all()
+    assert REACH.value == host.REACH
 
 
 @triton.jit
