@@ -332,12 +332,24 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not list(tmp_path.iterdir())
 
 
-def test_a_contender_that_raises_is_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("out of something\nat a place"), "RuntimeError: out of something"),
+        (ValueError("got 2048 channels per group"), "ValueError: got 2048 channels per group"),
+        (KeyError("wide"), "KeyError: 'wide'"),
+        (torch.OutOfMemoryError("no memory\nat a place"), "OutOfMemoryError: no memory"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_a_contender_raises_is_its_own(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Broken(Textbook):
         name = "broken"
 
         def forward(self) -> Answer:
-            raise RuntimeError("out of something\nat a place")
+            raise error
 
     contenders.contenders()
     monkeypatch.setitem(registry._REGISTRY, "broken", Broken)
@@ -345,7 +357,7 @@ def test_a_contender_that_raises_is_failed(monkeypatch: pytest.MonkeyPatch) -> N
     for case in runner.run(suite)["cases"]:
         broken, ours = case["contenders"].values()
         assert broken["status"] == "failed"
-        assert broken["reason"] == "RuntimeError: out of something"
+        assert broken["reason"] == said
         assert broken["seconds"] is None
         assert ours["status"] == "ok"
 
@@ -425,23 +437,3 @@ def test_what_fails_in_a_round_is_raised_where_nobody_takes_it() -> None:
         {"a": fail, "b": lambda: None}, 2, failed=lambda name, error: said.append(f"{name} {error}")
     )
     assert (list(found[0]), said) == (["b"], ["a no"])
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyError, torch.OutOfMemoryError])
-def test_whatever_a_contender_raises_is_its_own(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Wide(Textbook):
-        name = "wide"
-
-        def forward(self) -> Answer:
-            raise error("got 2048 channels per group")
-
-    contenders.contenders()
-    monkeypatch.setitem(registry._REGISTRY, "wide", Wide)
-    suite = suites.Suite("test", suites.cases(SHAPE), ("wide", "ours"), rounds=1, device="cpu")
-    for case in runner.run(suite)["cases"]:
-        wide, ours = case["contenders"].values()
-        assert wide["status"] == "failed"
-        assert "got 2048 channels per group" in wide["reason"]
-        assert ours["status"] == "ok"
