@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deqfusion import DEQFusion
+from deqfusion import DEQFusion, ops
 from deqfusion.tuning import autotune, search
 from deqfusion.tuning.example import Example
 from deqfusion.tuning.result import Tuned
@@ -46,3 +46,17 @@ def timed(monkeypatch, seconds):
     names = {}
     monkeypatch.setattr(Example, "call", call)
     monkeypatch.setattr(search.Search, "_time", lambda self, run, flush: seconds(names[id(run)][1]))
+
+
+def compactions(monkeypatch) -> list[float]:
+    """Of every solve by the CPU implementation from now on, in their order."""
+    seen: list[float] = []
+    inner = ops.solve.settings_of
+
+    def recording(o, *rest):
+        seen.append(o.compact_below)
+        return inner(o, *rest)
+
+    monkeypatch.setattr(ops.solve, "settings_of", recording)
+    monkeypatch.setattr(ops.adjoint, "settings_of", recording)
+    return seen

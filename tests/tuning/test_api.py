@@ -12,7 +12,7 @@ from deqfusion import Anderson, Implicit, Phantom, Picard, doctor, ops
 from deqfusion.kernels import tuning
 from deqfusion.kernels.tuning import Host
 from deqfusion.tuning import autotune, search
-from tests.tuning.problems import features, layer, tune
+from tests.tuning.problems import compactions, features, layer, tune
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -65,15 +65,7 @@ def test_the_solver_is_applied_on_request_only():
 def test_what_was_found_is_looked_up_by_the_cpu_implementation(monkeypatch):
     model = layer()
     x = features(model).requires_grad_()
-    seen = []
-    inner = ops.solve.settings_of
-
-    def recording(o, *rest):
-        seen.append(o.compact_below)
-        return inner(o, *rest)
-
-    monkeypatch.setattr(ops.solve, "settings_of", recording)
-    monkeypatch.setattr(ops.adjoint, "settings_of", recording)
+    seen = compactions(monkeypatch)
 
     def used():
         seen.clear()

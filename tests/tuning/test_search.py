@@ -9,13 +9,13 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 
-from deqfusion import Anderson, DEQFusion, cli, ops
+from deqfusion import Anderson, DEQFusion, cli
 from deqfusion.kernels import tuning
 from deqfusion.kernels.config import Config
 from deqfusion.kernels.tuning import Host
 from deqfusion.tuning import Trial, search
 from deqfusion.tuning.example import Example, Way
-from tests.tuning.problems import Clock, features, layer, timed, tune
+from tests.tuning.problems import Clock, compactions, features, layer, timed, tune
 
 
 def spoiled(monkeypatch, wrong):
@@ -335,14 +335,7 @@ def test_threads_and_memory_are_part_of_what_was_tuned(monkeypatch):
     x = features(model)
     found = tune(model, x, backward=False)
     assert {e.best.config for e in found.entries} == {Host(0.9)}
-    below = []
-    inner = ops.solve.settings_of
-
-    def recording(o, *rest):
-        below.append(o.compact_below)
-        return inner(o, *rest)
-
-    monkeypatch.setattr(ops.solve, "settings_of", recording)
+    below = compactions(monkeypatch)
 
     def used(solver=None, threads=None):
         before = torch.get_num_threads()
