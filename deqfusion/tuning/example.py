@@ -24,6 +24,7 @@ from deqfusion import functional, ops, programs
 from deqfusion.adjoint import Implicit, Unroll
 from deqfusion.functional import FusionParameters, ModalityParameters
 from deqfusion.kernels import tuning
+from deqfusion.kernels.config import MAX_MEMORY
 from deqfusion.kernels.layout import Layout
 from deqfusion.kernels.tuning import Choice, Problem
 from deqfusion.module import DEQFusion, Features
@@ -278,7 +279,7 @@ class Example:
         else:
             options, threads = self.options(solve), 0
             precision = options.products
-            memory = replace(options, memory=min(memory, 8)).slots
+            memory = replace(options, memory=min(memory, MAX_MEMORY)).slots
         dim, groups = self.layout.dim, self.layout.groups
         rows = tuning.bucket(self.rows)
         return Problem(solve, dim, groups, self.modalities, precision, memory, threads, rows)
@@ -288,7 +289,7 @@ class Example:
         encoded = self.adjoint.encoded if "adjoint" in solve else self.solver.encoded
         o = SolverOptions.decode(encoded)
         # Of the layer's own memory nothing is asked here; more than programs have is not tried.
-        return programs.solve_options(o._replace(memory=min(o.memory, 8)), self.x)
+        return programs.solve_options(o._replace(memory=min(o.memory, MAX_MEMORY)), self.x)
 
     def solver_of(self, memory: int, ladder: bool) -> Solver:
         """The layer's solver with another memory and ladder, where it has them."""
