@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from deqfusion.tuning.result import told
+
 from . import contenders, environment, fits, floor, peaks, resources, timing, work
 from .limits import Budget, Limit
 from .problem import Problem, Shape
 from .results import FORMAT
 from .suites import MODES, Case, Suite, cases
-from .trial import Trial, Truth, told
+from .trial import Trial, Truth
 
 REFERENCE = "ours"
 """Ratios are the time of a contender over the time of this one."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deqfusion import Anderson, DEQFusion, Implicit
+from deqfusion.tuning.result import told
 
 from . import contenders
 from .contenders import BACKWARD, FORWARD, Answer
@@ -50,11 +51,6 @@ problem is well conditioned, and there the most is 16 %."""
 
 TIGHTEST = 1e-3
 """The smallest fraction of the target tried as a tolerance."""
-
-
-def told(error: Exception) -> str:
-    """An error in a line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 class Truth:

@@ -17,7 +17,7 @@ from deqfusion.kernels.tuning import Entry, Host, Problem, Timed
 from deqfusion.solvers import Solver
 from deqfusion.tuning.example import Way
 
-__all__ = ["Gain", "Trial", "Tuned", "entry_of", "gain", "provenance", "settled", "written"]
+__all__ = ["Gain", "Trial", "Tuned", "entry_of", "gain", "provenance", "settled", "told", "written"]
 
 FEWEST = 5
 """Rounds from which on percentiles of their ratios say something: of fewer the extremes count."""
@@ -211,6 +211,11 @@ def written(solver: Solver) -> str:
     values = [(f, getattr(solver, f.name)) for f in fields(solver) if f.init]
     given = ", ".join(f"{f.name}={value!r}" for f, value in values if value != f.default)
     return f"{type(solver).__name__}({given})"
+
+
+def told(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def words(way: Way) -> str:

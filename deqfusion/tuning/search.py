@@ -31,7 +31,7 @@ from deqfusion.reference.solve import LADDER_WIDTH, bfloat16_instructions
 from deqfusion.solvers import Anderson
 from deqfusion.tuning.example import Example, Way
 from deqfusion.tuning.predict import MEMORIES, on_device, ranked
-from deqfusion.tuning.result import Gain, Trial, gain, settled, words
+from deqfusion.tuning.result import Gain, Trial, gain, settled, told, words
 
 __all__ = ["Search", "clock"]
 
@@ -132,8 +132,7 @@ class Search:
 
     def _out(self, trial: Trial, error: Exception) -> None:
         """A trial that raised does not count, and what it shared with others is made anew."""
-        text = str(error).splitlines() or [""]
-        trial.fault = f"{type(error).__name__}: {text[0]}"
+        trial.fault = told(error)
         self.example.forget()
 
     def _known(self, solve: str, default: Choice, memory: int, ladder: bool) -> None:
