@@ -50,18 +50,8 @@ def test_a_layer_from_a_file(prefix, tmp_path, capsys):
     assert found.options.gate_input == "concat"
     for name, value in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)
-    arguments = [
-        "--groups",
-        "2",
-        "--batch",
-        "20",
-        "--budget",
-        "1",
-        "--quiet",
-        "--dry-run",
-        "--forward-only",
-    ]
-    assert cli.main(["autotune", "--from-module", str(tmp_path), *arguments]) == 0
+    arguments = "--groups 2 --batch 20 --budget 1 --quiet --dry-run --forward-only"
+    assert cli.main(["autotune", "--from-module", str(tmp_path), *arguments.split()]) == 0
     assert "20 rows, width 16, 2 modalities" in capsys.readouterr().out
 
 
