@@ -107,6 +107,17 @@ assert not [name for name in heavy if name in set(sys.modules) - loaded]
     assert run_python(program) == ""
 
 
+def test_parsing_the_training_commands_imports_nothing_heavy() -> None:
+    program = """
+import sys
+from deqfusion.cli import build_parser
+build_parser("train")
+heavy = ("torch.distributed.fsdp", "torch.distributed.tensor", "matplotlib", "scipy", "sklearn")
+print([name for name in heavy if name in sys.modules])
+"""
+    assert run_python(program) == "[]"
+
+
 def test_works_where_triton_cannot_be_imported() -> None:
     program = """
 import sys

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .recipe import Config, Recipe
@@ -101,6 +100,9 @@ class Process:
     def wrap(self, step: nn.Module, recipe: Recipe, model: nn.Module) -> nn.Module:
         """Return the module to call: `step` itself, or what keeps its gradients in agreement."""
         if self.strategy == "fsdp":
+            # Half a second to import: not while arguments are parsed, nor in a single process.
+            from torch.distributed.fsdp import fully_shard
+
             mesh = init_device_mesh(self.device.type, (self.world,))
             for shard in recipe.shards(model):
                 fully_shard(shard, mesh=mesh)
@@ -185,17 +187,25 @@ def _is_of_connection(error: RuntimeError) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """Return a copy on the CPU of a tensor, or of one of which every process has a share."""
     tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
+    if _is_share(tensor):
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return tensor.to("cpu", copy=True)
 
 
 def like(target: Tensor, value: Tensor) -> Tensor:
     """Return a whole value as `target` is held: on its device, or this process's share of it."""
     value = value.to(target.device)
-    if isinstance(target, DTensor):
-        return distribute_tensor(value, target.device_mesh, target.placements)
+    if _is_share(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[attr-defined]
     return value
+
+
+def _is_share(tensor: Tensor) -> bool:
+    # Where nothing has imported its module, nothing is a `DTensor`.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
