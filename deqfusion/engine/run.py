@@ -15,7 +15,7 @@ from torch import nn
 
 from ..metrics import mean_and_error
 from .config import checked, fields_of
-from .distributed import Process, device_of, whole_state
+from .distributed import Process, processes, whole_state
 from .recipe import Config, Recipe, Splits
 from .runs import (
     CheckpointError,
@@ -79,7 +79,7 @@ def train(
     resume: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Train a task in this process, as `deqfusion train` does.
+    """Train a task in this process, or in those that torchrun started, as `deqfusion train` does.
 
     Args:
         recipe: the task.
@@ -93,13 +93,16 @@ def train(
         What `metrics.json` has: see `train_loaded`.
 
     Raises:
-        ValueError: an option that is unknown, of another kind, or does not fit the others.
+        ValueError: an option that is unknown, of another kind, or does not fit the others or,
+            as `strategy`, the processes that there are.
         DataError, CheckpointError, TrainingDivergedError: from reading and training.
+        LostProcessError: another process of the run ended.
     """
     config = checked(recipe, options or {})
-    loaded = load(recipe, Path(data_dir), config)
-    run = open_run(recipe, out, loaded.config, resume=resume)
-    return train_loaded(recipe, loaded, run, Process(device_of(config)), progress=progress)
+    with processes(config) as process:
+        loaded = load(recipe, Path(data_dir), config)
+        run = process.of_first(lambda: open_run(recipe, out, loaded.config, resume=resume))
+        return train_loaded(recipe, loaded, run, process, progress=progress)
 
 
 def open_run(

@@ -80,12 +80,20 @@ class Trainer:
         model: trained in place, on `process.device`; its initial parameters are the caller's.
         config: complete, as `config.checked` returns it.
         process: this process; None: the only one, on the device that `config` names.
+
+    Raises:
+        ValueError: a `strategy` of several processes without `process`.
     """
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, config: Config, process: Process | None = None
     ) -> None:
         self.recipe, self.model, self.config = recipe, model, config
+        if process is None and config["strategy"] != "single":
+            raise ValueError(
+                f"strategy: got {config['strategy']!r} without a process, expected 'single', or "
+                "training by `train` under torchrun"
+            )
         self.process = Process(device_of(config)) if process is None else process
         model.to(self.process.device)
         step = _Step(recipe, model, config)
@@ -149,7 +157,7 @@ class Trainer:
         rounds = math.ceil(len(batches) / world)
         own = [batches[min(rank + i * world, len(batches) - 1)] for i in range(rounds)]
         self._step.eval()
-        with torch.no_grad():
+        with torch.no_grad(), _determinism(self.config["deterministic"]):
             outputs = [
                 pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu(), self._step(batch))
                 for batch in self._loaded(samples, own, 0)

@@ -9,6 +9,7 @@ from deqfusion.engine import (
     RunDirectory,
     Splits,
     TensorSamples,
+    Trainer,
     TrainingDivergedError,
     checked,
     fit,
@@ -235,20 +236,39 @@ def test_compiled_model_learns_the_same(monkeypatch):
     np.testing.assert_allclose(_comparable(compiled), _comparable(plain), rtol=1e-3)
 
 
-def test_deterministic_mode_is_left_behind():
+def test_deterministic_mode_covers_training_and_evaluation_and_is_left_behind():
     assert not torch.are_deterministic_algorithms_enabled()
     seen = []
 
     class Watching(type(RECIPE)):
         def objective(self, model, batch):
-            seen.append(torch.are_deterministic_algorithms_enabled())
+            seen.append(("objective", torch.are_deterministic_algorithms_enabled()))
             return super().objective(model, batch)
 
+        def predict(self, model, batch):
+            seen.append(("predict", torch.are_deterministic_algorithms_enabled()))
+            return super().predict(model, batch)
+
     config = checked(RECIPE, {**_OPTIONS, "dim": 8, "deterministic": True, "epochs": 1})
-    fit(Watching(), _model(), Splits(rows(40, 1), rows(20, 2)), config)
-    assert seen
-    assert all(seen)
+    trainer = Trainer(Watching(), _model(), config)
+    trainer.fit(Splits(rows(40, 1), rows(20, 2)))
+    assert set(seen) == {("objective", True), ("predict", True)}
     assert not torch.are_deterministic_algorithms_enabled()
+    # As the test samples are, after training.
+    seen.clear()
+    trainer.evaluate(rows(20, 3))
+    assert set(seen) == {("predict", True)}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_strategy_of_several_processes_is_not_ignored(tmp_path, strategy):
+    options = {"fusion": "sum", "dim": 8, "epochs": 1, "strategy": strategy}
+    with pytest.raises(ValueError, match=f"strategy: got '{strategy}' in a single process, expec"):
+        train(RECIPE, tmp_path, tmp_path / "run", options)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=f"strategy: got '{strategy}' without a process, expected"):
+        _fit(_model("sum"), {"strategy": strategy}, fusion="sum")
 
 
 def test_divergence_is_an_error_with_the_epoch():
