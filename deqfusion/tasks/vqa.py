@@ -161,10 +161,20 @@ class VQA(Recipe):
     selection: ClassVar[tuple[str, Literal["max", "min"]]] = ("accuracy", "max")
 
     def fault(self, config: Config) -> tuple[str, str] | None:
-        """Heads that do not divide the width."""
+        """Heads that do not divide the width; a fusion, or its penalty, where nothing is fused."""
         dim, heads = config["dim"], config["attention_heads"]
         if (config["image"] != "none" or config["encoder"] == "transformer") and dim % heads:
             return "attention_heads", f"got {heads}, expected a divisor of dim, {dim}"
+        if config["image"] == "none" and config["fusion"] != "deq":
+            return "fusion", (
+                f"got {config['fusion']!r} with image 'none', with which nothing is fused, "
+                "expected the default, 'deq'"
+            )
+        if config["image"] == "none" and config["jacobian_weight"]:
+            return "jacobian_weight", (
+                f"got {config['jacobian_weight']:g} with image 'none', with which nothing is "
+                "fused, expected 0"
+            )
         return None
 
     def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
@@ -213,7 +223,7 @@ class VQA(Recipe):
         return Splits(*splits), facts
 
     def build(self, config: Config) -> VQAModel:
-        """Make the model; without an image nothing is fused, whatever `fusion` says."""
+        """Make the model; without an image nothing is fused."""
         dim, heads, dropout = config["dim"], config["attention_heads"], config["dropout"]
         encoder = QuestionEncoder(
             config["num_words"],

@@ -204,6 +204,21 @@ def test_faults(tmp_path):
     assert RECIPE.fault(configuration(attention_heads=5, image="none")) is None
 
 
+@pytest.mark.parametrize(("option", "value"), [("fusion", "concat"), ("jacobian_weight", 1.0)])
+def test_what_concerns_the_fusion_is_refused_where_nothing_is_fused(
+    tmp_path, capsys, option, value
+):
+    assert RECIPE.fault(configuration(**{option: value})) is None
+    key, message = RECIPE.fault(configuration(image="none", **{option: value}))
+    assert key == option
+    assert "with image 'none', with which nothing is fused" in message
+    argument = f"--{option.replace('_', '-')}"
+    files = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert main(["train", "vqa", *files, "--image", "none", argument, str(value)]) == 2
+    assert f"{argument}: got " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_is_known_by_its_features_too(folder):
     facts = RECIPE.load(folder, configuration())[1]
     blind = RECIPE.load(folder, configuration(image="none"))[1]
