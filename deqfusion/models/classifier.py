@@ -22,6 +22,11 @@ from ..solution import Equilibrium
 from ..solvers import Anderson
 
 
+def projection(width: int, dim: int, dropout: float) -> nn.Sequential:
+    """Return the encoder that hosts share: (rows, width) to (rows, dim), as the module says."""
+    return nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(dropout))
+
+
 class ClassifierOutput(NamedTuple):
     """Result of a classifier.
 
@@ -68,10 +73,7 @@ class MultimodalClassifier(nn.Module):
         if num_classes < 2:
             raise ValueError(f"num_classes: got {num_classes}, expected a number >= 2")
         self.scaling = scaling
-        self.encoders = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(dropout))
-            for width in input_widths
-        )
+        self.encoders = nn.ModuleList(projection(width, dim, dropout) for width in input_widths)
         if isinstance(fusion, str):
             options = {}
             if fusion == "deq":

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..fusions import fuse
-from .classifier import ClassifierOutput
+from .classifier import ClassifierOutput, projection
 
 
 class MultimodalDynamics(nn.Module):
@@ -54,10 +54,7 @@ class MultimodalDynamics(nn.Module):
         count = len(input_widths)
         self.scaling = scaling
         self.gates = nn.ModuleList(nn.Linear(width, width) for width in input_widths)
-        self.encoders = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(dropout))
-            for width in input_widths
-        )
+        self.encoders = nn.ModuleList(projection(width, dim, dropout) for width in input_widths)
         self.confidences = nn.ModuleList(nn.Linear(dim, 1) for _ in range(count))
         self.classifiers = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(count))
         self.fusion = fusion

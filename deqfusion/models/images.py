@@ -68,8 +68,8 @@ class ResNetStem(nn.Module):
             OSError: they cannot be had.
         """
         network = getattr(_torchvision_models(self.name), self.name)(weights="DEFAULT")
-        own = self.state_dict()
-        self.load_state_dict({name: network.state_dict()[name] for name in own})
+        weights = network.state_dict()
+        self.load_state_dict({name: weights[name] for name in self.state_dict()})
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised (B, 3, H, W) to (B, width, about H/8, about W/8)."""

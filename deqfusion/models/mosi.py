@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..fusions import fuse
 from ..solution import Equilibrium
+from .classifier import projection
 from .scaling import InputScaling
 
 
@@ -30,9 +31,7 @@ class FeatureEncoder(nn.Module):
     def __init__(self, width: int, dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.scaling = InputScaling([width], "standard")
-        self.project = nn.Sequential(
-            nn.Linear(width, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(dropout)
-        )
+        self.project = projection(width, dim, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode (rows, width) to (rows, dim)."""

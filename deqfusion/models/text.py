@@ -12,6 +12,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .classifier import projection
+
 
 class TransformerEncoder(nn.Module):
     """A transformer, the mean of what it says of the tokens, and a projection.
@@ -28,9 +30,7 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         self.transformer = transformer
         hidden = cast(Any, transformer.config).hidden_size
-        self.project = nn.Sequential(
-            nn.Linear(hidden, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(dropout)
-        )
+        self.project = projection(hidden, dim, dropout)
 
     def forward(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """Encode `input_ids` and `attention_mask`, (rows, length) each, to (rows, dim)."""

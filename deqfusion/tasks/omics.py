@@ -12,13 +12,12 @@ mean and standard error are reported. `evaluate` applies a finished run to the t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ..data import DataError, LabelledModalities, MogonetData, load_mogonet, repeated_splits
+from ..data import DataError, LabelledModalities, MogonetData, load_mogonet, stratified_shuffles
 from ..engine import Config, Field, Recipe, Splits, data_sha256
 from ..engine.kinds import WholeNumber, WholeNumbers
 from .classification import Classification, hold_out, overflow, overflow_message, samples
@@ -72,9 +71,9 @@ class Omics(Classification):
         train, test = data.train, data.test
         # A model of one split is evaluated on that split's rows; of other data, on its test part.
         if "split" in config and config.get("data_sha256", sha256) == sha256:
-            count = config["split"] + 1
-            *_, split = islice(repeated_splits(data, max(count, 1), config["seed"]), count)
-            train, test = split.train, split.test
+            pooled, count = data.pooled(), config["split"] + 1
+            *_, rows = stratified_shuffles(pooled.labels, count, len(data.test), config["seed"])
+            train, test = map(pooled.take, rows)
         fitted, validation = hold_out(train, config)
         for part in (train, test):
             _refuse_overflow(data_dir, config["modalities"], data, part, fitted, config["scaling"])
