@@ -82,16 +82,19 @@ def _read(path: Path) -> tuple[list[str], dict[str, tuple[int, list[str]]]]:
     if not text.endswith("\n"):
         raise DataError(f"{path}: no line end, expected a complete last line: looks truncated")
     lines = csv.reader(text.splitlines())
-    header = next(lines)[1:]
-    for number, (key, *cells) in enumerate(lines, start=2):
-        if len(cells) != len(header):
-            raise DataError(
-                f"{path}, line {number}: got {len(cells)} values, expected {len(header)} as in "
-                "its header"
-            )
-        if key in table:
-            raise DataError(f"{path}, line {number}: got {key!r} again, expected every id once")
-        table[key] = number, cells
+    try:
+        header = next(lines)[1:]
+        for number, (key, *cells) in enumerate((line or [""] for line in lines), start=2):
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{path}, line {number}: got {len(cells)} values, expected {len(header)} as in "
+                    "its header"
+                )
+            if key in table:
+                raise DataError(f"{path}, line {number}: got {key!r} again, expected every id once")
+            table[key] = number, cells
+    except csv.Error as error:
+        raise DataError(f"{path}, line {lines.line_num}: {error}, expected CSV") from error
     if not header or not table:
         raise DataError(f"{path}: is empty, expected a header and a line per row")
     return header, table
@@ -104,10 +107,7 @@ def _matrix(path: Path, keys: Sequence[str]) -> NDArray[np.float64]:
         if key not in table:
             raise DataError(f"{path}: no row {key!r}, expected one for each of {_LABELS}")
         number, cells = table[key]
-        try:
-            values = np.array(cells, dtype=np.float64)
-        except ValueError:
-            values = np.array([_number(cell) for cell in cells])
+        values = np.array([_number(cell) for cell in cells])
         if not np.isfinite(values).all():
             column = int(np.argmin(np.isfinite(values)))
             raise DataError(
@@ -120,6 +120,7 @@ def _matrix(path: Path, keys: Sequence[str]) -> NDArray[np.float64]:
 
 def _number(cell: str) -> float:
     try:
-        return float(cell)
+        # float() accepts 1_000, which no CSV file means.
+        return float("_" if "_" in cell else cell)
     except ValueError:
         return np.nan
