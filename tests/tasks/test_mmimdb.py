@@ -1,7 +1,6 @@
 """MM-IMDB as a recipe, on a small file of the published schema."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +8,11 @@ import torch
 
 from deqfusion.cli import main
 from deqfusion.data.errors import DataError
-from deqfusion.engine.config import checked, complete, fault
+from deqfusion.engine.config import checked, complete
 from deqfusion.tasks.mmimdb import RECIPES
 from tests.data.small_mmimdb import SPLIT, arrays, write_mmimdb
+from tests.tasks import small_runs
+from tests.tasks.small_runs import everything, measured
 
 pytest.importorskip("h5py", reason="h5py is not installed (the extra hdf5)")
 
@@ -31,24 +32,11 @@ def folder(tmp_path_factory):
 
 
 def opened(folder, **options):
-    """Splits and a model with its configuration, as the engine would have them."""
-    config = configuration(**options)
-    splits, facts = RECIPE.load(folder, config)
-    assert fault(RECIPE, {**config, **facts}) is None
-    config = json.loads(json.dumps({**config, **facts}))
-    torch.manual_seed(0)
-    return SimpleNamespace(config=config, splits=splits, model=RECIPE.build(config))
+    return small_runs.opened(RECIPE, folder, configuration(**options))
 
 
-def everything(samples):
-    return samples.batch(torch.arange(len(samples)))
-
-
-@torch.no_grad()
-def measured(run, samples):
-    run.model.eval()
-    halves = torch.arange(len(samples)).chunk(2)
-    return RECIPE.metrics([RECIPE.predict(run.model, samples.batch(rows)) for rows in halves])
+def trained(run, steps):
+    return small_runs.trained(run, torch.optim.AdamW, steps)
 
 
 def test_splits_are_the_rows_of_the_file_in_order(folder):
@@ -60,18 +48,6 @@ def test_splits_are_the_rows_of_the_file_in_order(folder):
         (*batch["inputs"], batch["genres"]), ("features", "vgg_features", "genres"), strict=True
     ):
         np.testing.assert_array_equal(values, arrays()[key][rows])
-
-
-def trained(run, steps):
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=2e-2)
-    batch, losses = everything(run.splits.train), []
-    for _ in range(steps):
-        objective = RECIPE.objective(run.model.train(), batch)
-        optimizer.zero_grad()
-        objective.loss.backward()
-        optimizer.step()
-        losses.append(objective.loss.item())
-    return losses
 
 
 @pytest.mark.parametrize("fusion", ["gated", "tensor", "attention", "weight_tied:2"])

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +11,14 @@ from deqfusion.cli import main
 from deqfusion.data import MOSI_MODALITIES
 from deqfusion.data.mosi import load_mosi
 from deqfusion.engine import OptionError
-from deqfusion.engine.config import checked, fault
+from deqfusion.engine.config import checked
 from deqfusion.engine.kinds import SomeOf
 from deqfusion.models.mosi import FeatureEncoder
 from deqfusion.models.text import TransformerEncoder
 from deqfusion.tasks.mosi import RECIPES, EncoderConfig, EncoderName
 from tests.data.small_mosi import WIDTHS, write_mosi
+from tests.tasks import small_runs
+from tests.tasks.small_runs import everything, measured
 
 RECIPE = RECIPES["mosi"]
 
@@ -34,41 +35,11 @@ def folder(tmp_path_factory):
 
 
 def opened(folder, **options):
-    """Splits and a prepared model with its configuration, as the engine would have them."""
-    config = configuration(**options)
-    splits, facts = RECIPE.load(folder, config)
-    assert fault(RECIPE, {**config, **facts}) is None
-    # What is stored must be enough to build the model from, and compare equal to what was.
-    stored = json.loads(json.dumps({**config, **facts}))
-    assert stored == {**config, **facts}
-    config = stored
-    torch.manual_seed(0)
-    model = RECIPE.build(config)
-    RECIPE.prepare(model, splits, config)
-    return SimpleNamespace(config=config, splits=splits, model=model)
-
-
-def everything(samples):
-    return samples.batch(torch.arange(len(samples)))
+    return small_runs.opened(RECIPE, folder, configuration(**options))
 
 
 def trained(run, steps=30):
-    optimizer = torch.optim.Adam(run.model.parameters(), lr=2e-2)
-    losses = []
-    for _ in range(steps):
-        objective = RECIPE.objective(run.model.train(), everything(run.splits.train))
-        optimizer.zero_grad()
-        objective.loss.backward()
-        optimizer.step()
-        losses.append(objective.loss.item())
-    return losses
-
-
-@torch.no_grad()
-def measured(run, samples):
-    run.model.eval()
-    halves = torch.arange(len(samples)).chunk(2)
-    return RECIPE.metrics([RECIPE.predict(run.model, samples.batch(rows)) for rows in halves])
+    return small_runs.trained(run, torch.optim.Adam, steps)
 
 
 def test_splits_have_no_video_in_common(folder):

@@ -12,8 +12,7 @@ import torch
 from deqfusion.cli import main
 from deqfusion.data import DataError
 from deqfusion.data.sunrgbd import find_scenes
-from deqfusion.engine import OptionError
-from deqfusion.engine.options import ENGINE_FIELDS
+from deqfusion.engine import OptionError, complete
 from deqfusion.metrics import points_in_boxes
 from deqfusion.models import votenet
 from deqfusion.tasks.sunrgbd import SceneSamples, SunRgbdRecipe
@@ -34,9 +33,7 @@ SMALL = {
 
 
 def config(**options):
-    fields = {**ENGINE_FIELDS, **RECIPE.fields}
-    defaults = {name: field.default for name, field in fields.items()}
-    return {**defaults, **RECIPE.defaults, **SMALL, **options}
+    return complete(RECIPE, {**SMALL, **options})
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 from deqfusion.cli import main
 from deqfusion.data import DataError
-from deqfusion.engine import ENGINE_FIELDS
+from deqfusion.engine import complete
 from deqfusion.tasks.vqa import FEATURES_FOLDER, RECIPES
 
 RECIPE = RECIPES["vqa"]
@@ -18,9 +18,7 @@ WIDTH = 6
 
 
 def configuration(**options):
-    fields = {**ENGINE_FIELDS, **RECIPE.fields}
-    config = {name: field.default for name, field in fields.items()}
-    return config | RECIPE.defaults | {"min_answer_count": 1, "dim": 32, "dropout": 0.0} | options
+    return complete(RECIPE, {"min_answer_count": 1, "dim": 32, "dropout": 0.0, **options})
 
 
 def ten(answer, others=0):
