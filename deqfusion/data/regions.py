@@ -24,12 +24,13 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataError
+from .npy import npy_header
 
 _FEATURES = ("x", "features", "feat")
 _BOXES = ("bbox", "boxes", "norm_bb")
@@ -144,7 +145,7 @@ def _inspect(path: Path, positions: bool) -> tuple[int, list[int]]:
                 raise _lacking(path, stored.keys(), _FEATURES, "features")
             boxes = _check_boxes(path, stored.keys()) if positions else None
             with archive.open(stored[key]) as stream:
-                shape, dtype = _header(stream)
+                shape, dtype = npy_header(stream)
         with np.load(path, allow_pickle=False) as loaded:
             _check_features(path, key, shape, dtype)
             regions = _regions(path, loaded, shape)
@@ -216,15 +217,6 @@ def _numbers(path: Path, archive: Any, key: str | None) -> NDArray[Any]:
 
 def _present(names: Collection[str], wanted: tuple[str, ...]) -> str | None:
     return next((name for name in wanted if name in names), None)
-
-
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else (
-        np.lib.format.read_array_header_2_0
-    )  # fmt: skip
-    shape, _, dtype = read(stream)
-    return shape, dtype
 
 
 def _lacking(path: Path, names: Collection[str], wanted: tuple[str, ...], what: str) -> DataError:

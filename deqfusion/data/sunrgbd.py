@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataError
+from .npy import npy_header
 
 #: Names of the classes 0 to 9.
 SUNRGBD_CLASSES = (
@@ -309,12 +310,7 @@ def _npz_length(path: Path, key: str, columns: int) -> int:
             if f"{key}.npy" not in names:
                 return (), names
             with archive.open(f"{key}.npy") as member:
-                version = np.lib.format.read_magic(member)
-                read = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
-                return read(member)[0], names
+                return npy_header(member)[0], names
 
     shape, names = _load(path, header, f"a whole .npz file with key {key!r}")
     _check_key(path, key, [name.removesuffix(".npy") for name in names], columns)

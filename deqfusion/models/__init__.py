@@ -2,7 +2,7 @@
 
 from .classifier import ClassifierOutput, MultimodalClassifier
 from .dynamics import MultimodalDynamics
-from .mmimdb import Maxout, MaxoutClassifier, MultilabelOutput
+from .mmimdb import Maxout, MaxoutClassifier
 from .mosi import FeatureEncoder, SentimentOutput, SentimentRegressor
 from .scaling import SCALINGS, InputScaling
 from .text import TransformerEncoder
@@ -14,7 +14,6 @@ __all__ = [
     "InputScaling",
     "Maxout",
     "MaxoutClassifier",
-    "MultilabelOutput",
     "MultimodalClassifier",
     "MultimodalDynamics",
     "SentimentOutput",

@@ -31,7 +31,7 @@ class ClassifierOutput(NamedTuple):
     """Result of a classifier.
 
     Attributes:
-        logits: (rows, classes).
+        logits: (rows, classes), or (rows, labels) of which any number may apply.
         features: what was fused, each (rows, dim).
         equilibrium: the fusion's solution, where the fusion has one.
     """

@@ -10,12 +10,11 @@ DEQ fusion kept: hidden layers of 512 for text and 1024 for images, 512 features
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ..fusions import fuse
-from ..solution import Equilibrium
+from .classifier import ClassifierOutput
 
 _PIECES = 2
 # Of the batch normalisation of the inputs.
@@ -40,20 +39,6 @@ class Maxout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., width) to (..., dim)."""
         return self.maps(x).unflatten(-1, (self.dim, self.pieces)).amax(dim=-1)
-
-
-class MultilabelOutput(NamedTuple):
-    """Result of a `MaxoutClassifier`.
-
-    Attributes:
-        logits: (rows, labels); their sigmoid is each label's probability.
-        features: the encoded modalities, each (rows, dim).
-        equilibrium: the fusion's solution, where the fusion has one.
-    """
-
-    logits: Tensor
-    features: tuple[Tensor, ...]
-    equilibrium: Equilibrium | None
 
 
 class MaxoutClassifier(nn.Module):
@@ -103,9 +88,12 @@ class MaxoutClassifier(nn.Module):
         self.fusion = fusion
         self.head = nn.Linear(dim, num_labels)
 
-    def forward(self, inputs: Sequence[Tensor]) -> MultilabelOutput:
-        """Classify rows, one (rows, width_i) per modality; in training more than one row."""
+    def forward(self, inputs: Sequence[Tensor]) -> ClassifierOutput:
+        """Classify rows, one (rows, width_i) per modality; in training more than one row.
+
+        The sigmoid of a logit is its label's probability.
+        """
         pairs = zip(self.encoders, inputs, strict=True)
         features = tuple(encoder(view) for encoder, view in pairs)
         fused, equilibrium = fuse(self.fusion, features)
-        return MultilabelOutput(self.head(fused), features, equilibrium)
+        return ClassifierOutput(self.head(fused), features, equilibrium)

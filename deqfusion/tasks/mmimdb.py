@@ -25,7 +25,8 @@ from ..data.mmimdb import MMIMDB_SPLIT, MMIMDBFile, mmimdb_split
 from ..engine import Config, Field, Objective, Recipe, Splits, configured_fusion
 from ..engine.kinds import Sha256, WholeNumber, WholeNumbers
 from ..metrics.multilabel import multilabel_f1
-from ..models.mmimdb import MaxoutClassifier, MultilabelOutput
+from ..models.classifier import ClassifierOutput
+from ..models.mmimdb import MaxoutClassifier
 
 
 class FilmSamples:
@@ -116,7 +117,7 @@ class MMIMDBRecipe(Recipe):
 
     def objective(self, model: nn.Module, batch: Any) -> Objective:
         """Binary cross-entropy, mean over films and genres."""
-        output = cast(MultilabelOutput, model(batch["inputs"]))
+        output = cast(ClassifierOutput, model(batch["inputs"]))
         loss = nn.functional.binary_cross_entropy_with_logits(
             output.logits.float(), batch["genres"]
         )
