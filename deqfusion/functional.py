@@ -61,6 +61,15 @@ class BlockSolution(NamedTuple):
     trace: Tensor
 
 
+def _solution(
+    state: Tensor, status: Tensor, steps: Tensor, residual: Tensor, trace: Tensor
+) -> BlockSolution:
+    """What an operator gave, with NaN where its trace says that nothing was evaluated."""
+    if trace.shape[-2]:
+        trace = torch.where(trace < 0, torch.nan, trace)
+    return BlockSolution(state, status, steps, residual, trace)
+
+
 class LinearStats(NamedTuple):
     """Outcome of an adjoint solve per row: status, steps int32 and relative residual float32."""
 
@@ -260,11 +269,11 @@ def modality_equilibrium(
     """
     _check_modality(x, parameters, cell, adjoint, present)
     _check_solve(solver, init, tolerance, x, x.shape)
-    state, *rest = _ModalityEquilibrium.apply(
+    outputs = _ModalityEquilibrium.apply(
         x, init, present, packed, tolerance, trace, adjoint.encoded, *parameters, *cell,
         solver.encoded,
     )  # fmt: skip
-    return BlockSolution(state, *rest)
+    return _solution(*outputs)
 
 
 def fusion_equilibrium(
@@ -309,11 +318,11 @@ def fusion_equilibrium(
     if modality_status is not None:
         shape = tuple(modalities.shape[:2])
         check.tensor("modality_status", modality_status, [shape], injection, torch.int32)
-    state, *rest = _FusionEquilibrium.apply(
+    outputs = _FusionEquilibrium.apply(
         modalities, injection, modality_status, init, gate_mask, fusion_mask, packed, tolerance,
         trace, adjoint.encoded, *parameters, *cell, solver.encoded,
     )  # fmt: skip
-    return BlockSolution(state, *rest)
+    return _solution(*outputs)
 
 
 def joint_equilibrium(
@@ -343,12 +352,12 @@ def joint_equilibrium(
     _check_modality(x, modality_parameters, cell, adjoint, present)
     _check_fusion(x, injection, fusion_parameters, cell, adjoint, gate_mask, fusion_mask)
     _check_solve(solver, init, tolerance, x, (x.shape[0] + 1, *x.shape[1:]))
-    state, *rest = _JointEquilibrium.apply(
+    outputs = _JointEquilibrium.apply(
         x, injection, init, present, gate_mask, fusion_mask, tolerance, trace,
         adjoint.encoded, *modality_parameters, *fusion_parameters, *cell,
         solver.encoded,
     )  # fmt: skip
-    return BlockSolution(state, *rest)
+    return _solution(*outputs)
 
 
 def modality_adjoint(

@@ -22,7 +22,7 @@ CPU tensors too, in Triton's interpreter. The autograd formulas are in `deqfusio
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -188,6 +188,13 @@ def _pack(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _marked(solution: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """A solution whose trace has -1 for NaN, where nothing was evaluated: checks of an operator
+    compare its results, and NaN is not equal to itself. `deqfusion.functional` puts it back."""
+    *rest, trace = solution
+    return *rest, torch.where(trace.isnan(), -1.0, trace) if trace.numel() else trace
+
+
 def _modality_equilibrium(
     x: Tensor, init: Tensor | None, present: Tensor | None, packed: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -195,9 +202,9 @@ def _modality_equilibrium(
     values = ModalityParameters(*p), CellOptions(*c)
     o, how = SolverOptions.decode(*s), (tolerance, record)
     if _triton(x):
-        return programs.solve_modality(x, init, present, packed, *values, o, *how)
+        return _marked(programs.solve_modality(x, init, present, packed, *values, o, *how))
     o = _on_host(o, x, x.shape[0], values[1])
-    return tuple(solve.solve_modality(x, init, present, *values, o, *how))
+    return _marked(solve.solve_modality(x, init, present, *values, o, *how))
 
 
 def _modality_adjoint(
@@ -224,8 +231,8 @@ def _fusion_equilibrium(
         solution = programs.solve_fusion(*tensors, packed, *values, o, *how)
     else:
         o = _on_host(o, injection, modalities.shape[0], values[1])
-        solution = tuple(solve.solve_fusion(*tensors, *values, o, *how))
-    return tuple(t.squeeze(0) for t in solution)
+        solution = solve.solve_fusion(*tensors, *values, o, *how)
+    return _marked(t.squeeze(0) for t in solution)
 
 
 def _fusion_adjoint(
@@ -247,7 +254,7 @@ def _joint_equilibrium(
     gate_mask: Tensor | None, fusion_mask: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     pm, pf, c, s, (tolerance, record) = _split(rest, _M, _F, _C, _S)
-    return tuple(
+    return _marked(
         joint.solve_joint(
             x, injection, init, present, gate_mask, fusion_mask, ModalityParameters(*pm),
             FusionParameters(*pf), CellOptions(*c), SolverOptions.decode(*s), tolerance, record,

@@ -93,7 +93,9 @@ OPERATOR_SETTINGS = {
 }
 
 
-def record(options: dict, masked: bool = False, dtype=torch.float32) -> list[tuple]:
+def record(
+    options: dict, masked: bool = False, dtype=torch.float32, trace: bool = False
+) -> list[tuple]:
     torch.manual_seed(0)
     fusion = DEQFusion(DIM, COUNT, **options).to(dtype)
     features = torch.randn(COUNT, 5, DIM, dtype=dtype, requires_grad=True)
@@ -102,7 +104,7 @@ def record(options: dict, masked: bool = False, dtype=torch.float32) -> list[tup
         mask = torch.zeros(5, COUNT, dtype=torch.bool)
         mask[0, 0] = True
     with Recorder() as recorder:
-        fusion.equilibrium(features, mask=mask).fused.sum().backward()
+        fusion.equilibrium(features, mask=mask, trace=trace).fused.sum().backward()
     return recorder.calls
 
 
@@ -127,7 +129,7 @@ def test_every_registered_operator_is_exercised():
 def test_opcheck(setting):
     calls = record(OPERATOR_SETTINGS[setting], masked=True)
     if setting in ("default", "joint"):
-        calls += record(OPERATOR_SETTINGS[setting])
+        calls += record(OPERATOR_SETTINGS[setting], trace=True)
     for func, args, kwargs in calls:
         results = torch.library.opcheck(
             func,
