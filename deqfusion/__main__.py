@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from deqfusion.cli import run
 
-from deqfusion.cli import main
-
-sys.exit(main())
+run()

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
-__all__ = ["COMMANDS", "build_parser", "main"]
+__all__ = ["COMMANDS", "build_parser", "main", "run"]
 
 #: Name of each command: the module whose ``register_commands`` adds it, and its line of help.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -129,5 +129,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, ConvergenceError) else 2
 
 
+def run() -> NoReturn:
+    """Run the command line as a program: end the process with the exit code of `main`."""
+    code: Any = 1
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+    # One of several processes ends in its own way; `distributed` is not imported to find that out.
+    distributed = sys.modules.get("deqfusion.engine.distributed")
+    if distributed is not None:
+        distributed.leave(code or 0)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -10,7 +10,7 @@ command      `deqfusion train TASK` and `deqfusion evaluate`
 """
 
 from .config import checked, complete
-from .distributed import LostProcessError, Process
+from .distributed import LostProcessError, Process, leave
 from .options import ENGINE_FIELDS, configured_fusion
 from .recipe import Config, Field, Objective, OptionError, Recipe, Samples, Splits
 from .run import read_model, train
@@ -40,6 +40,7 @@ __all__ = [
     "configured_fusion",
     "data_sha256",
     "fit",
+    "leave",
     "read_model",
     "train",
 ]

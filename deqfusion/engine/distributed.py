@@ -9,6 +9,7 @@ what it read.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import signal
@@ -29,6 +30,8 @@ from .recipe import Config, Recipe
 T = TypeVar("T")
 # What messages of lost connections have in common.
 _CONNECTION = ("SIGTERM", "gloo", "NCCL", "Connection closed", "Connection reset")
+# Whether this process has joined others, which `leave` has to know.
+_joined = False
 
 
 class LostProcessError(RuntimeError):
@@ -126,6 +129,7 @@ def processes(config: Config) -> Iterator[Process]:
         ValueError: `strategy` or `device` does not fit where this runs.
         LostProcessError: inside, another process ended.
     """
+    global _joined
     strategy, world = config["strategy"], int(os.environ.get("WORLD_SIZE", "1"))
     device = device_of(config)
     if strategy == "single":
@@ -145,6 +149,7 @@ def processes(config: Config) -> Iterator[Process]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _joined = True
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         yield Process(device, rank, world, strategy)
@@ -159,6 +164,30 @@ def processes(config: Config) -> Iterator[Process]:
     finally:
         signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, also where gloo's threads are still at work, as the last thing it does.
+
+    A thread of gloo takes Python's lock to release the tensors of a collective, and may do so after
+    the collective has returned. Before Python 3.14 a thread that waits for the lock when the
+    interpreter ends is unwound, which C++ answers with "terminate called without an active
+    exception" and SIGABRT. `destroy_process_group` ends the threads with the last reference to the
+    group alone, and caches of `DTensor` and defaults of `torch.distributed.nn` keep some. So a
+    process that has been one of several ends without the interpreter's end, after what was
+    registered with `atexit`, and any other by `sys.exit`.
+
+    Args:
+        code: the exit code.
+    """
+    if not _joined:
+        sys.exit(code)
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _stop(number: int, frame: object) -> NoReturn:

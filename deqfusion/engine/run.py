@@ -81,6 +81,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a task in this process, or in those that torchrun started, as `deqfusion train` does.
 
+    Under torchrun a program's last call should be `leave`, as it says why.
+
     Args:
         recipe: the task.
         data_dir: folder of the data.

@@ -48,7 +48,7 @@ def _free_port():
         return listener.getsockname()[1]
 
 
-def _start(folder, out, epochs, *more, world=2):
+def _start(folder, out, epochs, *more, world=2, program=("-m", "deqfusion.cli")):
     """Start the processes as torchrun does."""
     port = str(_free_port())
     processes = []
@@ -56,13 +56,14 @@ def _start(folder, out, epochs, *more, world=2):
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "WORLD_SIZE": str(world),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
         }
-        command = [sys.executable, "-m", "deqfusion.cli", *_arguments(folder, out, epochs, *more)]
+        command = [sys.executable, *program, *_arguments(folder, out, epochs, *more)]
         processes.append(
             subprocess.Popen(
                 command,
@@ -128,6 +129,65 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(folder, tmp_path, 
     assert main(again) == 0
     assert _curve(out)[: len(before)] == before
     assert len(_curve(out)) == kept + 2
+
+
+# In place of the training, a collective whose tensor gloo's thread releases, slowly and in Python,
+# while the program ends: by itself, refused, or by an error of the code.
+_SLOW_RELEASE = """
+import atexit, time
+import torch, torch.distributed as dist
+from deqfusion.cli import run
+from deqfusion.engine import command
+
+class Slow:
+    def __del__(self):
+        for _ in range(300):
+            time.sleep(0.01)
+
+def train_loaded(recipe, loaded, run, process, progress):
+    global held
+    held = dist.group.WORLD  # As caches of DTensor do.
+    dist.barrier()
+    if process.first:
+        time.sleep(0.5)
+    tensor = torch.ones(1)
+    tensor.released_with = Slow()
+    work = dist.all_reduce(tensor, async_op=True)
+    del tensor
+    if process.first:
+        work.wait()
+    else:
+        del work
+        time.sleep(1)
+    {ending}
+
+command.train_loaded = train_loaded
+command._print_metrics = lambda *args: print("metrics", end="")
+atexit.register(print, "; at exit", end="")
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("return {}", 0), ("raise ValueError('refused')", 2), ("raise KeyError('fault')", 1)],
+)
+def test_processes_end_while_gloo_still_releases_a_tensor(folder, tmp_path, ending, code):
+    program = ("-c", _SLOW_RELEASE.replace("{ending}", ending))
+    processes = _start(folder, tmp_path / "out", 1, "--strategy", "ddp", program=program)
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [code, code], outputs
+    assert [out for out, _ in outputs] == [
+        "metrics; at exit" if code == 0 else "; at exit",
+        "; at exit",
+    ]
+    for _, errors in outputs:
+        lines = errors.splitlines()
+        if code == 1:
+            assert "Traceback" in lines[0]
+            assert "KeyError: 'fault'" in lines[-1]
+        else:
+            assert lines == (["deqfusion: error: refused"] if code else [])
 
 
 def test_a_strategy_needs_its_processes(folder, tmp_path, capsys, monkeypatch):
