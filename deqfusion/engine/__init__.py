@@ -2,7 +2,7 @@
 
 recipe       what a task tells the engine
 kinds        what an option may be; options: those that every task has; config: merged, checked
-samples      data in memory
+samples      data in memory; seeds: of what is drawn at random
 training     the loop; state: what a checkpoint holds; schedules; logs
 distributed  one process or several
 runs         the folder of a run; run: a task from data to that folder, and read back
@@ -16,6 +16,7 @@ from .recipe import Config, Field, Objective, OptionError, Recipe, Samples, Spli
 from .run import read_model, train
 from .runs import CheckpointError, RunDirectory
 from .samples import TensorSamples, data_sha256
+from .seeds import seed_of
 from .training import FitResult, Trainer, TrainingDivergedError, fit
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "fit",
     "leave",
     "read_model",
+    "seed_of",
     "train",
 ]

@@ -26,6 +26,7 @@ from .runs import (
     write_json,
     write_tensors,
 )
+from .seeds import seed_of
 from .training import FitResult, Trainer
 
 
@@ -181,7 +182,7 @@ def _train_part(
 ) -> dict[str, Any]:
     """Train one model and return its metrics."""
     # A split's parameters, order and dropout are its own.
-    config = {**config, "seed": (config["seed"] + config.get("split", 0)) % 2**32}
+    config = {**config, "seed": seed_of(config)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
         model = recipe.build(config)

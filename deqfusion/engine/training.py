@@ -27,6 +27,7 @@ from .logs import Log
 from .recipe import Config, Recipe, Samples, Splits
 from .runs import RunDirectory
 from .schedules import rate_factor
+from .seeds import mixed
 from .state import State
 
 _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -171,7 +172,7 @@ class Trainer:
         config, process = self.config, self.process
         batches = _batches(len(splits.train), epoch, config)
         shares = [process.share(rows) for rows in batches]
-        torch.manual_seed(_mixed(config["seed"], epoch, process.rank, _MODEL))
+        torch.manual_seed(mixed(config["seed"], epoch, process.rank, _MODEL))
         self._step.train()
         sums = torch.zeros(len(_MEANS), dtype=torch.float64, device=process.device)
         started = time.perf_counter()
@@ -205,7 +206,7 @@ class Trainer:
     def _loaded(self, samples: Samples, batches: Sequence[Tensor], epoch: int) -> Iterator[Any]:
         """Batches on the device, each drawn with a random state of its own."""
         seeds = [
-            _mixed(self.config["seed"], epoch, self.process.rank, _BATCHES, number)
+            mixed(self.config["seed"], epoch, self.process.rank, _BATCHES, number)
             for number in range(len(batches))
         ]
         data = _Batches(samples, batches, seeds)
@@ -294,14 +295,9 @@ def _batches(samples: int, epoch: int, config: Config) -> list[Tensor]:
     size = config["batch_size"]
     if size is None or size >= samples:
         return [torch.arange(samples)]
-    mixed = _mixed(config["seed"], epoch, _ORDER)
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(mixed))
+    drawn = torch.Generator().manual_seed(mixed(config["seed"], epoch, _ORDER))
+    order = torch.randperm(samples, generator=drawn)
     return list(order.split(size))
-
-
-def _mixed(*numbers: int) -> int:
-    # SeedSequence mixes the numbers, so that neighbouring seeds share nothing.
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextmanager

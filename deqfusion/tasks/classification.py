@@ -20,6 +20,7 @@ from ..engine import (
     Splits,
     TensorSamples,
     configured_fusion,
+    seed_of,
 )
 from ..engine.kinds import Kind, OneOf, RealNumber, Sha256, WholeNumber, WholeNumbers
 from ..metrics import classification_metrics
@@ -113,9 +114,9 @@ def hold_out(
     Raises:
         OptionError: `validation_fraction` leaves a part without one of the classes.
     """
-    seed = (config["seed"] + config.get("split", 0)) % 2**32
+    fraction = config["validation_fraction"]
     try:
-        kept, held = stratified_holdout(rows.labels, config["validation_fraction"], seed)
+        kept, held = stratified_holdout(rows.labels, fraction, seed_of(config))
     except DataError as error:
         raise OptionError("validation_fraction", str(error)) from error
     return rows.take(kept), rows.take(held)

@@ -8,9 +8,11 @@ import torch
 from scipy.io import savemat
 
 from deqfusion.cli import main
+from deqfusion.data import LabelledModalities
 from deqfusion.engine import checked
 from deqfusion.engine.runs import read_config
 from deqfusion.tasks import TASKS, get_recipe
+from deqfusion.tasks.classification import hold_out
 
 _FAST = ["--dim", "8", "--epochs", "2", "--tol", "1e-2", "--quiet"]
 
@@ -97,6 +99,16 @@ def test_views_on_repeated_splits(views, tmp_path, capsys):
     file = views / "handwritten_x.mat"
     options = ["--data-dir", str(file), "--out", str(tmp_path / "file"), "--splits", "1", *_FAST]
     assert main(["train", "cub", *options]) == 0
+
+
+def test_rows_held_out_are_of_seed_and_split():
+    rows = LabelledModalities((np.arange(60.0)[:, None],), np.arange(60) % 2)
+    held = {}
+    for seed, split in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        config = {"seed": seed, "split": split, "validation_fraction": 0.2}
+        _, part = hold_out(rows, config)
+        held[seed, split] = frozenset(part.modalities[0].ravel())
+    assert len(set(held.values())) == 4
 
 
 @pytest.mark.parametrize("fusion", ["deq", "concat"])
