@@ -14,8 +14,6 @@ from .options import ENGINE_FIELDS
 from .recipe import Config, Field, Recipe
 from .runs import CheckpointError, read_config
 
-#: Kinds of what the engine adds: `split` is only in the folder of one of several.
-_SPLIT = WholeNumber(0, 9999)
 _OF_FORMAT = ("format", "version")
 
 
@@ -86,8 +84,11 @@ def fault(recipe: Recipe, config: Config, *, facts: bool = True) -> tuple[str, s
             return key, f"is missing, expected {kind.expected}"
         if not kind.accepts(config[key]):
             return key, f"got {reprlib.repr(config[key])}, expected {kind.expected}"
-    if "split" in config and not _SPLIT.accepts(config["split"]):
-        return "split", f"got {reprlib.repr(config['split'])}, expected {_SPLIT.expected}"
+    repeats = recipe.repeats(config)
+    kind = WholeNumber(0, repeats - 1)
+    if "split" in config and not (repeats and kind.accepts(config["split"])):
+        expected = kind.expected if repeats else "none, as the run has one model"
+        return "split", f"got {reprlib.repr(config['split'])}, expected {expected}"
     unknown = sorted(config.keys() - {*known, "split"})
     if unknown:
         return reprlib.repr(unknown[0]), f"is unknown, expected only {', '.join(known)}"

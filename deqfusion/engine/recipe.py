@@ -136,6 +136,16 @@ class Recipe(ABC):
         """
         return 0
 
+    def load_repeats(
+        self, data_dir: Path, config: Config
+    ) -> Sequence[tuple[Splits, dict[str, Any]]]:
+        """Return what `load` returns for every split; all of it is kept until the run ends.
+
+        For a task that reads its files once for all of them. Raises as `load` does.
+        """
+        splits = range(self.repeats(config))
+        return [self.load(data_dir, {**config, "split": split}) for split in splits]
+
     def fault(self, config: Config) -> tuple[str, str] | None:
         """Return an option that does not fit the others, and what was got and expected; or None.
 

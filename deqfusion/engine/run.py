@@ -59,14 +59,11 @@ def load(recipe: Recipe, data_dir: Path, options: Config) -> Loaded:
     Raises:
         DataError: from the recipe.
     """
-    repeats = recipe.repeats(options)
-    if not repeats:
+    if not recipe.repeats(options):
         splits, facts = recipe.load(data_dir, options)
         return Loaded({**options, **facts}, [({**options, **facts}, splits)])
-    parts = []
-    for split in range(repeats):
-        splits, facts = recipe.load(data_dir, {**options, "split": split})
-        parts.append(({**options, **facts, "split": split}, splits))
+    loaded = enumerate(recipe.load_repeats(data_dir, options))
+    parts = [({**options, **facts, "split": i}, splits) for i, (splits, facts) in loaded]
     config = {key: value for key, value in parts[0][0].items() if key != "split"}
     return Loaded(config, parts)
 

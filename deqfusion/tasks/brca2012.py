@@ -8,20 +8,20 @@ part; the epoch is chosen on a stratified part of the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..data import DataError, load_indexed, stratified_folds
-from ..engine import Config, Field, OptionError, Recipe, Splits, data_sha256
+from ..engine import Config, Field, OptionError, Recipe, data_sha256
 from ..engine.kinds import SomeOf, Switch, WholeNumber
-from .classification import Classification, hold_out, overflow, overflow_message, samples
+from .classification import Classification, Division, RowFiles, Source
 from .omics import Omics
 
 _OMICS = ("mrna", "meth", "mirna", "protein", "cnv")
 
 
-class Brca2012(Classification):
+class Brca2012(RowFiles):
     """TCGA's breast cancers of 2012."""
 
     name = "brca2012"
@@ -37,7 +37,7 @@ class Brca2012(Classification):
     def repeats(self, config: Config) -> int:
         return int(config["folds"])
 
-    def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
+    def read(self, data_dir: Path, config: Config) -> Source:
         without = () if config["normal"] else ("Normal",)
         rows, classes = load_indexed(data_dir, config["modalities"], "pam50", without=without)
         facts = {
@@ -45,21 +45,18 @@ class Brca2012(Classification):
             "num_classes": len(classes),
             "data_sha256": data_sha256([*rows.modalities, rows.labels]),
         }
+
+        def place(index: int, row: int, column: int) -> str:
+            file = f"{data_dir / config['modalities'][index]}.csv"
+            return f"{file}, row {row + 1} of those in labels.csv, column {column + 2}"
+
+        return Source(rows, facts, place)
+
+    def divisions(self, source: Source, config: Config) -> Sequence[Division]:
         try:
-            folds = stratified_folds(rows.labels, config["folds"], config["seed"])
+            return stratified_folds(source.rows.labels, config["folds"], config["seed"])
         except DataError as error:
             raise OptionError("folds", str(error)) from error
-        train, test = folds[config["split"]]
-        fitted, validation = hold_out(rows.take(train), config)
-        found = overflow(rows, fitted, config["scaling"])
-        if found is not None:
-            index, row, column, scaled = found
-            value, name = rows.modalities[index][row, column], config["modalities"][index]
-            raise DataError(
-                f"{data_dir / name}.csv, row {row + 1} of those in labels.csv, "
-                f"column {column + 2}: {overflow_message(value, scaled)}"
-            )
-        return Splits(samples(fitted), samples(validation), samples(rows.take(test))), facts
 
 
 RECIPES: dict[str, Recipe] = {Brca2012.name: Brca2012()}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from abc import ABC
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data import DataError, LabelledModalities, stratified_holdout
@@ -32,6 +36,9 @@ from ..models import (
     MultimodalDynamics,
 )
 from ..module import DEQFusion
+
+#: Numbers of the rows in two parts, such as those to train on and those to test on.
+Division = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 # Of a scaled value: LayerNorm squares what the encoder makes of it, and float32 ends at 3e38.
 _LARGEST = 1e17
@@ -106,20 +113,80 @@ class Classification(Recipe, ABC):
         return {"loss": loss, **classification_metrics(probabilities, labels.numpy())}
 
 
-def hold_out(
-    rows: LabelledModalities, config: Config
-) -> tuple[LabelledModalities, LabelledModalities]:
+@dataclass(frozen=True)
+class Source:
+    """What was read of a task's files: every row once, whatever the splits.
+
+    Attributes:
+        rows: all of them.
+        facts: of the data, as `Recipe.load` returns them.
+        place: file, row and column of a value, given modality, row and column.
+        given: the files' own division, where they have one.
+    """
+
+    rows: LabelledModalities
+    facts: dict[str, Any]
+    place: Callable[[int, int, int], str]
+    given: Division | None = None
+
+
+class RowFiles(Classification, ABC):
+    """A task whose files hold rows that are divided by number."""
+
+    @abstractmethod
+    def read(self, data_dir: Path, config: Config) -> Source:
+        """Read the files; raises DataError as `load` does."""
+
+    @abstractmethod
+    def divisions(self, source: Source, config: Config) -> Sequence[Division]:
+        """Divide the rows into those to train on and those to test on, once or for each split.
+
+        Raises:
+            DataError, OptionError: they cannot be divided so.
+        """
+
+    def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
+        source = self.read(data_dir, config)
+        division = self.divisions(source, config)[config.get("split", 0)]
+        return _splits(source, samples(source.rows), division, config), source.facts
+
+    def load_repeats(
+        self, data_dir: Path, config: Config
+    ) -> Sequence[tuple[Splits, dict[str, Any]]]:
+        source = self.read(data_dir, config)
+        shared = samples(source.rows)
+        return [
+            (_splits(source, shared, division, {**config, "split": split}), source.facts)
+            for split, division in enumerate(self.divisions(source, config))
+        ]
+
+
+def _splits(source: Source, shared: TensorSamples, division: Division, config: Config) -> Splits:
+    train, test = division
+    kept, held = hold_out(source.rows.labels[train], config)
+    fitted = train[kept]
+    found = overflow(source.rows, source.rows.take(fitted), config["scaling"])
+    if found is not None:
+        index, row, column, scaled = found
+        value = source.rows.modalities[index][row, column]
+        raise DataError(f"{source.place(index, row, column)}: {overflow_message(value, scaled)}")
+    return Splits(*(shared.take(rows) for rows in (fitted, train[held], test)))
+
+
+def hold_out(labels: NDArray[np.int64], config: Config) -> Division:
     """Divide training rows into those to fit and those to choose the epoch by.
+
+    Args:
+        labels: of the training rows.
+        config: has `validation_fraction`, `seed` and, of one of several, `split`.
 
     Raises:
         OptionError: `validation_fraction` leaves a part without one of the classes.
     """
-    fraction = config["validation_fraction"]
     try:
-        kept, held = stratified_holdout(rows.labels, fraction, seed_of(config))
+        return stratified_holdout(labels, config["validation_fraction"], seed_of(config))
     except DataError as error:
         raise OptionError("validation_fraction", str(error)) from error
-    return rows.take(kept), rows.take(held)
 
 
 def samples(rows: LabelledModalities) -> TensorSamples:

@@ -7,17 +7,17 @@ stratified splits of all rows. The epoch is chosen on a stratified part of the t
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..data import DataError, load_multiview, stratified_shuffles
-from ..engine import Config, Field, OptionError, Recipe, Splits, data_sha256
+from ..engine import Config, Field, OptionError, Recipe, data_sha256
 from ..engine.kinds import RealNumber, WholeNumber
-from .classification import Classification, hold_out, samples
+from .classification import Classification, Division, RowFiles, Source
 
 
-class Multiview(Classification, ABC):
+class Multiview(RowFiles, ABC):
     """A multi-view file; `--data-dir` is the file, or its folder."""
 
     fields: ClassVar[Mapping[str, Field]] = {
@@ -41,22 +41,26 @@ class Multiview(Classification, ABC):
     def repeats(self, config: Config) -> int:
         return int(config["splits"])
 
-    def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
-        rows = load_multiview(self._file(data_dir))
+    def read(self, data_dir: Path, config: Config) -> Source:
+        path = self._file(data_dir)
+        rows = load_multiview(path)
         facts = {
             "input_widths": [view.shape[1] for view in rows.modalities],
             "num_classes": int(rows.labels.max()) + 1,
             "data_sha256": data_sha256([*rows.modalities, rows.labels]),
         }
-        count = config["split"] + 1
+
+        def place(index: int, row: int, column: int) -> str:
+            return f"{path}: X{{{index + 1}}}, row {row + 1}, column {column + 1}"
+
+        return Source(rows, facts, place)
+
+    def divisions(self, source: Source, config: Config) -> Sequence[Division]:
+        labels, fraction = source.rows.labels, config["test_fraction"]
         try:
-            *_, (train, test) = stratified_shuffles(
-                rows.labels, count, config["test_fraction"], config["seed"]
-            )
+            return stratified_shuffles(labels, config["splits"], fraction, config["seed"])
         except DataError as error:
             raise OptionError("test_fraction", str(error)) from error
-        fitted, validation = hold_out(rows.take(train), config)
-        return Splits(samples(fitted), samples(validation), samples(rows.take(test))), facts
 
     def _file(self, data_dir: Path) -> Path:
         if data_dir.is_file():

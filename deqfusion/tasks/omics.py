@@ -11,19 +11,19 @@ mean and standard error are reported. `evaluate` applies a finished run to the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ..data import DataError, LabelledModalities, MogonetData, load_mogonet, stratified_shuffles
-from ..engine import Config, Field, Recipe, Splits, data_sha256
+from ..data import load_mogonet, stratified_shuffles
+from ..engine import Config, Field, Recipe, data_sha256
 from ..engine.kinds import WholeNumber, WholeNumbers
-from .classification import Classification, hold_out, overflow, overflow_message, samples
+from .classification import Classification, Division, RowFiles, Source
 
 
-class Omics(Classification):
+class Omics(RowFiles):
     """A folder in MOGONET's layout."""
 
     fields: ClassVar[Mapping[str, Field]] = {
@@ -59,48 +59,33 @@ class Omics(Classification):
             )
         return None
 
-    def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
+    def read(self, data_dir: Path, config: Config) -> Source:
         data = load_mogonet(data_dir, config["modalities"])
         parts = [*data.train.modalities, data.train.labels]
-        sha256 = data_sha256([*parts, *data.test.modalities, data.test.labels])
         facts = {
             "input_widths": [view.shape[1] for view in data.train.modalities],
             "num_classes": data.num_classes,
-            "data_sha256": sha256,
+            "data_sha256": data_sha256([*parts, *data.test.modalities, data.test.labels]),
         }
-        train, test = data.train, data.test
+        rows = np.arange(len(data.train) + len(data.test))
+        given = rows[: len(data.train)], rows[len(data.train) :]
+
+        def place(index: int, row: int, column: int) -> str:
+            part, line = ("tr", row) if row < len(data.train) else ("te", row - len(data.train))
+            name = f"{config['modalities'][index]}_{part}.csv"
+            return f"{data_dir / name}, line {line + 1}, column {column + 1}"
+
+        return Source(data.pooled(), facts, place, given)
+
+    def divisions(self, source: Source, config: Config) -> Sequence[Division]:
+        given, sha256 = source.given, source.facts["data_sha256"]
+        assert given is not None
         # A model of one split is evaluated on that split's rows; of other data, on its test part.
-        if "split" in config and config.get("data_sha256", sha256) == sha256:
-            pooled, count = data.pooled(), config["split"] + 1
-            *_, rows = stratified_shuffles(pooled.labels, count, len(data.test), config["seed"])
-            train, test = map(pooled.take, rows)
-        fitted, validation = hold_out(train, config)
-        for part in (train, test):
-            _refuse_overflow(data_dir, config["modalities"], data, part, fitted, config["scaling"])
-        return Splits(samples(fitted), samples(validation), samples(test)), facts
-
-
-def _refuse_overflow(
-    folder: Path,
-    numbers: list[int],
-    data: MogonetData,
-    part: LabelledModalities,
-    fitted: LabelledModalities,
-    scaling: str,
-) -> None:
-    found = overflow(part, fitted, scaling)
-    if found is None:
-        return
-    index, row, column, scaled = found
-    value = part.modalities[index][row, column]
-    # A split of all rows has lost their lines.
-    for rows, suffix in ((data.train, "tr"), (data.test, "te")):
-        lines = np.flatnonzero(rows.modalities[index][:, column] == value)
-        if len(lines):
-            raise DataError(
-                f"{folder / f'{numbers[index]}_{suffix}.csv'}, line {lines[0] + 1}, column "
-                f"{column + 1}: {overflow_message(value, scaled)}"
-            )
+        if not config["splits"] or config.get("data_sha256", sha256) != sha256:
+            return [given] * max(1, config["splits"])
+        return stratified_shuffles(
+            source.rows.labels, config["splits"], len(given[1]), config["seed"]
+        )
 
 
 class Rosmap(Omics):

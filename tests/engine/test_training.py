@@ -294,3 +294,13 @@ def test_checkpoint_without_history_is_refused(tmp_path):
     write_tensors(run.checkpoint, "checkpoint", {"a": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"tensor 'columns' is uint8 \(0,\), expected"):
         _fit(_model("concat"), fusion="concat", run=run)
+
+
+def test_samples_that_are_taken_share_the_tensors():
+    samples = rows(40, 1)
+    taken = samples.take(np.arange(10, 40)).take(np.array([3, 1]))
+    assert len(taken) == 2
+    assert taken.shared is samples.shared
+    inputs, labels = taken.data
+    assert torch.equal(labels, samples.data[1][[13, 11]])
+    assert torch.equal(taken.batch(torch.tensor([1]))[0][0], inputs[0][1:])

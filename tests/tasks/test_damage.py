@@ -118,6 +118,7 @@ def _refused(capsys, name, folder, run, message):
         ("splits", -2),
         ("split", "a"),
         ("split", -5),
+        ("split", 3),
     ],
 )
 def test_value_of_another_type_or_range(folder, run, capsys, command, key, value):

@@ -1,6 +1,7 @@
 """The tasks beside rosmap whose samples are rows: brca2012, handwritten, cub, and both hosts."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from scipy.io import savemat
 
 from deqfusion.cli import main
-from deqfusion.data import LabelledModalities
 from deqfusion.engine import checked
+from deqfusion.engine.run import load
 from deqfusion.engine.runs import read_config
 from deqfusion.tasks import TASKS, get_recipe
 from deqfusion.tasks.classification import hold_out
@@ -102,13 +103,37 @@ def test_views_on_repeated_splits(views, tmp_path, capsys):
 
 
 def test_rows_held_out_are_of_seed_and_split():
-    rows = LabelledModalities((np.arange(60.0)[:, None],), np.arange(60) % 2)
-    held = {}
+    held = set()
     for seed, split in ((0, 0), (0, 1), (1, 0), (1, 1)):
         config = {"seed": seed, "split": split, "validation_fraction": 0.2}
-        _, part = hold_out(rows, config)
-        held[seed, split] = frozenset(part.modalities[0].ravel())
-    assert len(set(held.values())) == 4
+        held.add(frozenset(hold_out(np.arange(60) % 2, config)[1]))
+    assert len(held) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "options"),
+    [
+        ("rosmap", "folder", {"modalities": [1, 2], "splits": 3}),
+        ("brca2012", "cancers", {"folds": 3}),
+        ("handwritten", "views", {"splits": 3}),
+    ],
+)
+def test_splits_share_what_is_read_once(request, monkeypatch, name, data, options):
+    recipe, path = get_recipe(name), request.getfixturevalue(data)
+    config, kind = checked(recipe, options), type(recipe)
+    with mock.patch.object(kind, "read", autospec=True, side_effect=kind.read) as read:
+        loaded = load(recipe, path, config)
+    assert read.call_count == 1
+    parts = [part for _, splits in loaded.parts for part in splits]
+    assert len(parts) == 9
+    assert all(part.shared is parts[0].shared for part in parts)
+    # Each split as when it is loaded alone.
+    for split, (part, splits) in enumerate(loaded.parts):
+        alone, facts = recipe.load(path, {**config, "split": split})
+        assert part == {**config, **facts, "split": split}
+        for one, other in zip(splits, alone, strict=True):
+            assert torch.equal(one.data[1], other.data[1])
+            assert all(map(torch.equal, one.data[0], other.data[0]))
 
 
 @pytest.mark.parametrize("fusion", ["deq", "concat"])
