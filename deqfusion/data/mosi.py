@@ -25,6 +25,7 @@ therefore say little about test videos, whatever is chosen by them.
 from __future__ import annotations
 
 import csv
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,8 +43,6 @@ _PARTS = ("train", "test")
 _SCORE_PARTS = ("train", "dev", "test")
 _TRANSCRIPTS = "transcripts.csv"
 _LARGEST_SCORE = 3.0
-# Of a feature: a model squares it, and float32 ends at 3e38.
-_LARGEST = 1e17
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,14 @@ def load_mosi(folder: str | Path) -> MosiData:
         )
     sentences = [transcripts[row].sentence for rows in used for row in rows]
     return MosiData(train, test, sum(len(scores[sentence]) > 1 for sentence in sentences))
+
+
+def mosi_place(part: str, modality: str, row: int, column: int) -> str:
+    """Return file, line and column of a feature of "train" or "test", numbered from 0."""
+    if modality == "text":
+        # Its first column is a row of the transcripts.
+        return f"text_{part}.csv, line {row + 1}, column {column + 2}"
+    return f"{modality}_{part}0.csv, line {row + 1}, column {column + 1}"
 
 
 def hold_out_videos(
@@ -332,11 +339,10 @@ def _number(path: Path, number: int, column: int, field: str) -> float:
         value = float("_" if "_" in field else field)
     except ValueError:
         value = float("nan")
-    # Not `>`: NaN is refused too.
-    if not abs(value) <= _LARGEST:
+    if not math.isfinite(value):
         raise DataError(
             f"{path}, line {number}, column {column + 1}: got {field.strip()[:40]!r}, "
-            f"expected a number of at most {_LARGEST:g} in size"
+            "expected a finite number"
         )
     return value
 

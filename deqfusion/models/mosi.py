@@ -18,6 +18,9 @@ from ..solution import Equilibrium
 from .classifier import projection
 from .scaling import InputScaling
 
+#: Kind of `InputScaling`.
+FEATURE_SCALING = "standard"
+
 
 class FeatureEncoder(nn.Module):
     """Standardises features, by what `scaling.fit` has seen, and projects them.
@@ -30,7 +33,7 @@ class FeatureEncoder(nn.Module):
 
     def __init__(self, width: int, dim: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.scaling = InputScaling([width], "standard")
+        self.scaling = InputScaling([width], FEATURE_SCALING)
         self.project = projection(width, dim, dropout)
 
     def forward(self, x: Tensor) -> Tensor:

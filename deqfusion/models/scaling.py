@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 SCALINGS = ("minmax", "centered", "standard")
+# Of a scaled value: LayerNorm squares what the encoder makes of it, and float32 ends at 3e38.
+_LARGEST = 1e17
+
+
+class Outlier(NamedTuple):
+    """A value so far outside the rows fitted on that a model's numbers would overflow.
+
+    Attributes:
+        view, row, column: where it is.
+        value, scaled: before and after scaling.
+    """
+
+    view: int
+    row: int
+    column: int
+    value: float
+    scaled: float
+
+    def __str__(self) -> str:
+        return (
+            f"got {self.value:g}, which is {self.scaled:g} on the scale of the rows trained on, "
+            f"expected at most {_LARGEST:g} in size"
+        )
 
 
 class InputScaling(nn.Module):
@@ -43,7 +66,9 @@ class InputScaling(nn.Module):
             if self.kind == "standard":
                 span = view.std(0, correction=0)
             getattr(self, f"shift_{index}").copy_(shift)
-            getattr(self, f"span_{index}").copy_(torch.where(span > 0, span, 1.0))
+            # Where the span itself overflows, unscaled values are seen to be too large.
+            usable = (span > 0) & span.isfinite()
+            getattr(self, f"span_{index}").copy_(torch.where(usable, span, 1.0))
         return self
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -55,10 +80,21 @@ class InputScaling(nn.Module):
         got = [view.shape[-1] for view in views]
         if got != self.widths:
             raise ValueError(f"views: got {got} features, expected {self.widths}")
-        return tuple(
-            ((view - getattr(self, f"shift_{i}")) / getattr(self, f"span_{i}")).float()
-            for i, view in enumerate(views)
-        )
+        return tuple(self._scaled(index, view).float() for index, view in enumerate(views))
+
+    def outlier(self, views: Sequence[Tensor]) -> Outlier | None:
+        """Find the farthest of the first view of (rows, width_i) each that has one; or None."""
+        for index, view in enumerate(views):
+            scaled = self._scaled(index, view)
+            sizes = scaled.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+            if sizes.numel() and sizes.max() > _LARGEST:
+                row, column = divmod(int(sizes.argmax()), sizes.shape[1])
+                values = view[row, column].item(), scaled[row, column].item()
+                return Outlier(index, row, column, *values)
+        return None
+
+    def _scaled(self, index: int, view: Tensor) -> Tensor:
+        return (view - getattr(self, f"shift_{index}")) / getattr(self, f"span_{index}")
 
     def extra_repr(self) -> str:
         return f"widths={self.widths}, kind={self.kind!r}"

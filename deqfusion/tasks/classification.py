@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from ..data import DataError, LabelledModalities, stratified_holdout
 from ..engine import (
@@ -39,9 +39,6 @@ from ..module import DEQFusion
 
 #: Numbers of the rows in two parts, such as those to train on and those to test on.
 Division = tuple[NDArray[np.int64], NDArray[np.int64]]
-
-# Of a scaled value: LayerNorm squares what the encoder makes of it, and float32 ends at 3e38.
-_LARGEST = 1e17
 
 VALIDATION_FRACTION = Field(
     RealNumber(0.0, above=True, below=1.0), 0.2, "of the training rows, to choose the epoch"
@@ -165,11 +162,11 @@ def _splits(source: Source, shared: TensorSamples, division: Division, config: C
     train, test = division
     kept, held = hold_out(source.rows.labels[train], config)
     fitted = train[kept]
-    found = overflow(source.rows, source.rows.take(fitted), config["scaling"])
+    views, _ = shared.shared
+    scaling = InputScaling(source.facts["input_widths"], config["scaling"])
+    found = scaling.fit([view[fitted] for view in views]).outlier(views)
     if found is not None:
-        index, row, column, scaled = found
-        value = source.rows.modalities[index][row, column]
-        raise DataError(f"{source.place(index, row, column)}: {overflow_message(value, scaled)}")
+        raise DataError(f"{source.place(found.view, found.row, found.column)}: {found}")
     return Splits(*(shared.take(rows) for rows in (fitted, train[held], test)))
 
 
@@ -193,31 +190,3 @@ def samples(rows: LabelledModalities) -> TensorSamples:
     """Rows as the engine takes them."""
     inputs = tuple(torch.from_numpy(view).double() for view in rows.modalities)
     return TensorSamples((inputs, torch.from_numpy(rows.labels)))
-
-
-def overflow(
-    part: LabelledModalities, fitted: LabelledModalities, kind: str
-) -> tuple[int, int, int, float] | None:
-    """Find a value that is so far outside the rows trained on that the model's numbers overflow.
-
-    Returns:
-        Modality, row and column, and the value on the scale of the rows trained on; or None.
-    """
-    scaling = InputScaling([view.shape[1] for view in part.modalities], kind)
-    scaling.fit([torch.from_numpy(view) for view in fitted.modalities])
-    views: tuple[Tensor, ...] = scaling([torch.from_numpy(view) for view in part.modalities])
-    for index, view in enumerate(views):
-        # Not `>`: NaN is refused too.
-        bad = (~(view.abs() <= _LARGEST)).nonzero()
-        if len(bad):
-            row, column = bad[0].tolist()
-            return index, row, column, view[row, column].item()
-    return None
-
-
-def overflow_message(value: float, scaled: float) -> str:
-    """Say what `overflow` found."""
-    return (
-        f"got {value:g}, which is {scaled:g} on the scale of the rows trained on, "
-        f"expected at most {_LARGEST:g} in size"
-    )

@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data.errors import DataError
-from ..data.mosi import MOSI_MODALITIES, MosiData, MosiPart, hold_out_videos, load_mosi
+from ..data.mosi import (
+    MOSI_MODALITIES,
+    MosiData,
+    MosiPart,
+    hold_out_videos,
+    load_mosi,
+    mosi_place,
+)
 from ..engine import (
     Config,
     Field,
@@ -38,7 +45,8 @@ from ..engine import (
 )
 from ..engine.kinds import Kind, OrNull, RealNumber, Sha256, SomeOf, WholeNumber, WholeNumbers
 from ..metrics.regression import sentiment_metrics
-from ..models.mosi import FeatureEncoder, SentimentOutput, SentimentRegressor
+from ..models.mosi import FEATURE_SCALING, FeatureEncoder, SentimentOutput, SentimentRegressor
+from ..models.scaling import InputScaling
 from ..models.text import TransformerEncoder
 
 # Of a transformer's configuration: two copies of a model may differ in them.
@@ -121,12 +129,13 @@ class MOSIRecipe(Recipe):
             kept, held = hold_out_videos(data.train.videos, fraction, config["seed"])
         except DataError as error:
             raise OptionError("validation_fraction", str(error)) from error
+        _refuse_outliers(data_dir, data, kept, config)
         name = config["text_encoder"]
         tokenizer = None if name is None else _pretrained("AutoTokenizer", name)
         parts = [data.train.take(kept), data.train.take(held), data.test]
         splits = Splits(*(TensorSamples(_tensors(part, config, tokenizer)) for part in parts))
         text_config = None if name is None else _settings(name)
-        widths = [view.shape[1] for view in _chosen(data.train, config)]
+        widths = [view.shape[1] for view in _views(data.train, config["modalities"])]
         facts = {
             "input_widths": widths,
             "text_config": text_config,
@@ -207,12 +216,26 @@ def _arrays(data: MosiData) -> Iterator[NDArray[Any]]:
         yield np.frombuffer("\n".join(part.sentences).encode(), dtype=np.uint8)
 
 
-def _chosen(part: MosiPart, config: Config) -> list[NDArray[np.float64]]:
-    return [part.modalities[MOSI_MODALITIES.index(name)] for name in config["modalities"]]
+def _views(part: MosiPart, names: Sequence[str]) -> list[Tensor]:
+    return [torch.from_numpy(part.modalities[MOSI_MODALITIES.index(name)]) for name in names]
+
+
+def _refuse_outliers(folder: Path, data: MosiData, kept: NDArray[np.int64], config: Config) -> None:
+    """Refuse features so far outside those that are trained on that a model's numbers overflow."""
+    read = config["text_encoder"] is not None
+    names = [name for name in config["modalities"] if not (read and name == "text")]
+    fitted = _views(data.train.take(kept), names)
+    scaling = InputScaling([view.shape[1] for view in fitted], FEATURE_SCALING).fit(fitted)
+    for part, rows in (("train", data.train), ("test", data.test)):
+        found = scaling.outlier(_views(rows, names))
+        if found is not None:
+            place = mosi_place(part, names[found.view], found.row, found.column)
+            raise DataError(f"{folder / place}: {found}")
 
 
 def _tensors(part: MosiPart, config: Config, tokenizer: Any) -> dict[str, Any]:
-    inputs: list[Any] = [torch.from_numpy(view).float() for view in _chosen(part, config)]
+    # In their own precision: float32 ends before what a wide span would scale down.
+    inputs: list[Any] = [*_views(part, config["modalities"])]
     if tokenizer is not None:
         tokens = tokenizer(
             list(part.sentences),

@@ -44,3 +44,29 @@ def test_bad_input():
     state["span_0"][1] = 0
     with pytest.raises(RuntimeError, match="'span_0' has a number that is not > 0"):
         InputScaling([3]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize(
+    ("fitted", "value", "found"),
+    [
+        # Large numbers of a wide span are none, small ones of a narrow span are.
+        ([-1e20, 0.0, 1e20], 3e20, False),
+        ([0.0, 1e-20, 2e-20], 1e-2, True),
+        ([0.0, 1.0, 2.0], 1e19, True),
+        ([0.0, 1.0, 2.0], float("nan"), True),
+        # A span beyond float64.
+        ([-1e308, 0.0, 1e308], 0.0, True),
+    ],
+)
+def test_outliers_are_what_scaling_leaves_too_large(kind, fitted, value, found):
+    view = torch.tensor(fitted, dtype=torch.float64)[:, None].expand(-1, 2)
+    other = view.clone()
+    other[1, 1] = value
+    scaling = InputScaling([1, 2], kind).fit([torch.ones(3, 1), view])
+    got = scaling.outlier([torch.ones(3, 1), other])
+    assert (got is not None) == found
+    if got is not None and fitted[0] > -1:
+        assert (got.view, got.row, got.column) == (1, 1, 1)
+        assert f"got {value:g}, which is " in str(got)
+    assert scaling.outlier([torch.ones(0, 1), other[:0]]) is None

@@ -47,7 +47,7 @@ def test_splits_have_no_video_in_common(folder):
     assert [len(part) for part in run.splits] == [16, 8, 12]
     data = load_mosi(folder)
     # Utterances are told apart by their first feature.
-    first = data.train.modalities[0][:, 0].astype(np.float32).tolist()
+    first = data.train.modalities[0][:, 0].tolist()
     said_in = dict(zip(first, data.train.videos.tolist(), strict=True))
     videos = [
         {said_in[value] for value in everything(part)["inputs"][0][:, 0].tolist()}
@@ -273,3 +273,35 @@ def test_command_refuses(folder, tmp_path, capsys, options, message):
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not run.exists()
+
+
+def _with(folder, tmp_path, factor, name, rows=slice(None)):
+    """A copy of the folder in which some rows' first feature is multiplied."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write_mosi(data)
+    lines = [line.split(",") for line in (data / name).read_text().splitlines()]
+    column = 1 if name.startswith("text") else 0
+    for fields in lines[rows]:
+        fields[column] = f'"{float(fields[column].strip(chr(34))) * factor:.17g}"'
+    (data / name).write_text("".join(",".join(fields) + "\n" for fields in lines))
+    return data
+
+
+def test_large_features_of_a_wide_span_are_features(folder, tmp_path):
+    run = opened(_with(folder, tmp_path, 1e60, "text_train.csv"), modalities=["text"])
+    losses = trained(run, steps=3)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "column"), [("text_test.csv", 4, 2), ("video_train0.csv", 3, 1)]
+)
+def test_features_far_outside_those_trained_on(folder, tmp_path, capsys, name, line, column):
+    data = _with(folder, tmp_path, 1e30, name, slice(line - 1, line))
+    out = tmp_path / "run"
+    assert main(["train", "mosi", "--data-dir", str(data), "--out", str(out), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert f"{data / name}, line {line}, column {column}: got " in error
+    assert "on the scale of the rows trained on, expected at most 1e+17" in error
+    assert not out.exists()

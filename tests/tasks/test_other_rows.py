@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 from deqfusion.cli import main
 from deqfusion.engine import checked
@@ -100,6 +100,25 @@ def test_views_on_repeated_splits(views, tmp_path, capsys):
     file = views / "handwritten_x.mat"
     options = ["--data-dir", str(file), "--out", str(tmp_path / "file"), "--splits", "1", *_FAST]
     assert main(["train", "cub", *options]) == 0
+
+
+def test_values_far_outside_those_trained_on(cancers, views, tmp_path, capsys):
+    content = loadmat(views / "handwritten_x.mat")
+    content["X"][0, 1][6, 2] = 1e25
+    path = tmp_path / "far.mat"
+    savemat(path, {key: content[key] for key in ("X", "Y")})
+    out = tmp_path / "out"
+    options = ["--splits", "9", "--out", str(out), "--data-dir"]
+    assert main(["train", "cub", *options, str(path)]) == 2
+    assert f"{path}: X{{2}}, row 7, column 3: got 1e+25, which is " in capsys.readouterr().err
+    lines = (cancers / "meth.csv").read_text().split("\n")
+    lines[3] = ",".join([*lines[3].split(",")[:-1], "-1e25"])
+    (cancers / "meth.csv").write_text("\n".join(lines))
+    options = ["--normal", "--folds", "5", "--out", str(out), "--data-dir"]
+    assert main(["train", "brca2012", *options, str(cancers)]) == 2
+    message = "meth.csv, row 3 of those in labels.csv, column 4: got -1e+25, which is "
+    assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_rows_held_out_are_of_seed_and_split():
