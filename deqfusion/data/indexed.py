@@ -15,6 +15,7 @@ import gzip
 import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,25 @@ from .mogonet import LabelledModalities
 _LABELS = "labels.csv"
 
 
+class IndexedData(NamedTuple):
+    """What a folder of index-column CSV files holds.
+
+    Attributes:
+        rows: all of them, in the order of `labels.csv`.
+        classes: their names, sorted; labels are their places.
+        files: of each modality.
+        columns: of each modality, their names.
+    """
+
+    rows: LabelledModalities
+    classes: list[str]
+    files: list[Path]
+    columns: list[list[str]]
+
+
 def load_indexed(
     folder: str | Path, names: Sequence[str], label: str, *, without: Collection[str] = ()
-) -> tuple[LabelledModalities, list[str]]:
+) -> IndexedData:
     """Read a folder of index-column CSV files.
 
     Args:
@@ -37,15 +54,15 @@ def load_indexed(
         without: classes whose rows are left out.
 
     Returns:
-        All rows, in the order of `labels.csv`, and the names of the classes, sorted.
+        IndexedData.
 
     Raises:
         DataError: a file is missing or not what it should be, or has no row for an id.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        files = ", ".join(f"{name}.csv.gz" for name in names)
-        raise DataError(f"{folder}: no such folder, expected one with {files} and {_LABELS}")
+        wanted = ", ".join(f"{name}.csv.gz" for name in names)
+        raise DataError(f"{folder}: no such folder, expected one with {wanted} and {_LABELS}")
     path = folder / _LABELS
     header, table = _read(path)
     if label not in header:
@@ -55,9 +72,10 @@ def load_indexed(
     known = sorted(set(classes.values()))
     if len(known) < 2:
         raise DataError(f"{path}: column {label!r} has {len(known)} classes, expected at least 2")
-    views = [_matrix(_file(folder, name), list(classes)) for name in names]
+    files = [_file(folder, name) for name in names]
+    columns, views = zip(*(_matrix(file, list(classes)) for file in files), strict=True)
     labels = np.array([known.index(value) for value in classes.values()], dtype=np.int64)
-    return LabelledModalities(tuple(views), labels), known
+    return IndexedData(LabelledModalities(views, labels), known, files, list(columns))
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -100,7 +118,7 @@ def _read(path: Path) -> tuple[list[str], dict[str, tuple[int, list[str]]]]:
     return header, table
 
 
-def _matrix(path: Path, keys: Sequence[str]) -> NDArray[np.float64]:
+def _matrix(path: Path, keys: Sequence[str]) -> tuple[list[str], NDArray[np.float64]]:
     header, table = _read(path)
     rows = []
     for key in keys:
@@ -115,7 +133,7 @@ def _matrix(path: Path, keys: Sequence[str]) -> NDArray[np.float64]:
                 "expected a finite number"
             )
         rows.append(values)
-    return np.stack(rows)
+    return header, np.stack(rows)
 
 
 def _number(cell: str) -> float:

@@ -201,6 +201,18 @@ class Sha256(Kind):
 
 
 @dataclass(frozen=True)
+class Sha256s(Kind):
+    """A list of them; no argument."""
+
+    @property
+    def expected(self) -> str:
+        return f"a list, each {Sha256().expected}"
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, list) and all(map(Sha256().accepts, value))
+
+
+@dataclass(frozen=True)
 class OrNull(Kind):
     """Another kind, or nothing; as an argument, `none`."""
 

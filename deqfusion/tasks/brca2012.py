@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from ..data import DataError, load_indexed, stratified_folds
 from ..engine import Config, Field, OptionError, Recipe, data_sha256
-from ..engine.kinds import SomeOf, Switch, WholeNumber
-from .classification import Classification, Division, RowFiles, Source
+from ..engine.kinds import Kind, Sha256s, SomeOf, Switch, WholeNumber
+from .classification import Classification, Division, Known, RowFiles, Source, listed, names_sha256
 from .omics import Omics
 
 _OMICS = ("mrna", "meth", "mirna", "protein", "cnv")
@@ -33,24 +33,34 @@ class Brca2012(RowFiles):
         **Classification.fields,
     }
     defaults: ClassVar[Mapping[str, Any]] = Omics.defaults
+    facts: ClassVar[Mapping[str, Kind]] = {**RowFiles.facts, "columns_sha256": Sha256s()}
 
     def repeats(self, config: Config) -> int:
         return int(config["folds"])
 
     def read(self, data_dir: Path, config: Config) -> Source:
         without = () if config["normal"] else ("Normal",)
-        rows, classes = load_indexed(data_dir, config["modalities"], "pam50", without=without)
+        rows, classes, files, columns = load_indexed(
+            data_dir, config["modalities"], "pam50", without=without
+        )
+        known = [
+            Known(str(file), f"columns {listed(names)}", names_sha256(names))
+            for file, names in zip(files, columns, strict=True)
+        ]
+        labels = str(data_dir / "labels.csv")
+        known.append(Known(labels, f"classes {listed(classes)}", names_sha256(classes)))
         facts = {
             "input_widths": [view.shape[1] for view in rows.modalities],
             "num_classes": len(classes),
+            "columns_sha256": [each.sha256 for each in known],
             "data_sha256": data_sha256([*rows.modalities, rows.labels]),
         }
 
         def place(index: int, row: int, column: int) -> str:
-            file = f"{data_dir / config['modalities'][index]}.csv"
-            return f"{file}, row {row + 1} of those in labels.csv, column {column + 2}"
+            where = f"row {row + 1} of those in labels.csv, column {columns[index][column]!r}"
+            return f"{files[index]}, {where}"
 
-        return Source(rows, facts, place)
+        return Source(rows, facts, place, known=known)
 
     def divisions(self, source: Source, config: Config) -> Sequence[Division]:
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -110,6 +112,20 @@ class Classification(Recipe, ABC):
         return {"loss": loss, **classification_metrics(probabilities, labels.numpy())}
 
 
+class Known(NamedTuple):
+    """What columns or classes that a model was trained on are known by.
+
+    Attributes:
+        place: their file.
+        text: what is said of them.
+        sha256: of their names, or of their values where they have none.
+    """
+
+    place: str
+    text: str
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Source:
     """What was read of a task's files: every row once, whatever the splits.
@@ -119,12 +135,37 @@ class Source:
         facts: of the data, as `Recipe.load` returns them.
         place: file, row and column of a value, given modality, row and column.
         given: the files' own division, where they have one.
+        known: with which a run may be evaluated, in the fact `columns_sha256`.
     """
 
     rows: LabelledModalities
     facts: dict[str, Any]
     place: Callable[[int, int, int], str]
     given: Division | None = None
+    known: Sequence[Known] = ()
+
+    def refuse_others(self, config: Config) -> None:
+        """Compare with a run's, in evaluation: other columns of the same number would do as well.
+
+        Raises:
+            DataError: these are others than the run was trained on.
+        """
+        for known, expected in zip(self.known, config.get("columns_sha256", ()), strict=False):
+            if known.sha256 != expected:
+                raise DataError(
+                    f"{known.place}: got {known.text} (SHA-256 {known.sha256[:12]}), expected "
+                    f"those that the run was trained on (SHA-256 {expected[:12]})"
+                )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def names_sha256(names: Sequence[str]) -> str:
+    """SHA-256 of names, in their order."""
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
 class RowFiles(Classification, ABC):
@@ -144,6 +185,7 @@ class RowFiles(Classification, ABC):
 
     def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
         source = self.read(data_dir, config)
+        source.refuse_others(config)
         division = self.divisions(source, config)[config.get("split", 0)]
         return _splits(source, samples(source.rows), division, config), source.facts
 

@@ -1,7 +1,8 @@
 """Multi-view classification: handwritten digits in six views, and birds as image and text.
 
 MATLAB files as published with the multi-view benchmarks (see `data.multiview`), on repeated
-stratified splits of all rows. The epoch is chosen on a stratified part of the training rows.
+stratified splits of all rows. The epoch is chosen on a stratified part of the training rows. Such a
+file names no columns: `evaluate` takes the file of the training alone.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any, ClassVar
 
 from ..data import DataError, load_multiview, stratified_shuffles
 from ..engine import Config, Field, OptionError, Recipe, data_sha256
-from ..engine.kinds import RealNumber, WholeNumber
-from .classification import Classification, Division, RowFiles, Source
+from ..engine.kinds import Kind, RealNumber, Sha256s, WholeNumber
+from .classification import Classification, Division, Known, RowFiles, Source
 
 
 class Multiview(RowFiles, ABC):
@@ -35,6 +36,7 @@ class Multiview(RowFiles, ABC):
         # As for the omics: with 1 the training loss of cub rose again, with 100 not.
         "jacobian_weight": 100.0,
     }
+    facts: ClassVar[Mapping[str, Kind]] = {**RowFiles.facts, "columns_sha256": Sha256s()}
     #: How the file's name begins.
     prefix: ClassVar[str]
 
@@ -44,16 +46,23 @@ class Multiview(RowFiles, ABC):
     def read(self, data_dir: Path, config: Config) -> Source:
         path = self._file(data_dir)
         rows = load_multiview(path)
+        # Without names, columns are known by their values, and so is the file that has them.
+        text = "values of columns without names"
+        known = [
+            Known(f"{path}: X{{{number}}}", text, data_sha256([view]))
+            for number, view in enumerate(rows.modalities, 1)
+        ]
         facts = {
             "input_widths": [view.shape[1] for view in rows.modalities],
             "num_classes": int(rows.labels.max()) + 1,
+            "columns_sha256": [each.sha256 for each in known],
             "data_sha256": data_sha256([*rows.modalities, rows.labels]),
         }
 
         def place(index: int, row: int, column: int) -> str:
-            return f"{path}: X{{{index + 1}}}, row {row + 1}, column {column + 1}"
+            return f"{known[index].place}, row {row + 1}, column {column + 1}"
 
-        return Source(rows, facts, place)
+        return Source(rows, facts, place, known=known)
 
     def divisions(self, source: Source, config: Config) -> Sequence[Division]:
         labels, fraction = source.rows.labels, config["test_fraction"]

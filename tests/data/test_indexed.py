@@ -21,7 +21,9 @@ def folder(tmp_path):
 
 
 def test_rows_are_matched_by_id(folder):
-    rows, classes = load_indexed(folder, ["mrna", "cnv"], "kind")
+    rows, classes, files, columns = load_indexed(folder, ["mrna", "cnv"], "kind")
+    assert files == [folder / "mrna.csv.gz", folder / "cnv.csv"]
+    assert columns == [["gene, one", "two"], ["c"]]
     assert classes == ["A", "B", "N"]
     np.testing.assert_array_equal(rows.labels, np.arange(9) % 3)
     np.testing.assert_array_equal(rows.modalities[0], [[i + 0.5, -i] for i in range(9)])
@@ -29,7 +31,7 @@ def test_rows_are_matched_by_id(folder):
 
 
 def test_a_class_is_left_out(folder):
-    rows, classes = load_indexed(folder, ["cnv"], "kind", without=("N",))
+    rows, classes, *_ = load_indexed(folder, ["cnv"], "kind", without=("N",))
     assert classes == ["A", "B"]
     np.testing.assert_array_equal(rows.modalities[0][:, 0], [0, 10, 30, 40, 60, 70])
 

@@ -102,6 +102,44 @@ def test_views_on_repeated_splits(views, tmp_path, capsys):
     assert main(["train", "cub", *options]) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("meth.csv", "meth_1", "meth_x", "got columns meth_0, meth_x, meth_2 (SHA-256 "),
+        ("meth.csv", "meth_1,meth_2", "meth_2,meth_1", "got columns meth_0, meth_2, meth_1 (SHA"),
+        ("labels.csv", "Her2", "Basal", "got classes Basal, LumA, LumB (SHA-256 "),
+    ],
+)
+def test_evaluate_refuses_other_columns_of_the_same_number(
+    cancers, tmp_path, capsys, name, old, new, message
+):
+    out, data = tmp_path / "out", ["--data-dir", str(cancers)]
+    assert main(["train", "brca2012", *data, "--out", str(out), "--folds", "2", *_FAST]) == 0
+    path = cancers / name
+    path.write_text(path.read_text().replace(old, new))
+    capsys.readouterr()
+    assert main(["evaluate", *data, "--checkpoint", str(out / "split_000")]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: {message}" in error
+    assert "expected those that the run was trained on (SHA-256 " in error
+
+
+def test_evaluate_refuses_views_whose_columns_may_be_others(views, tmp_path, capsys):
+    path, out = views / "handwritten_x.mat", tmp_path / "out"
+    options = ["--data-dir", str(path), "--out", str(out), "--splits", "1", *_FAST]
+    assert main(["train", "handwritten", *options]) == 0
+    evaluate = ["evaluate", "--data-dir", str(path), "--checkpoint", str(out / "split_000")]
+    assert main(evaluate) == 0
+    content = loadmat(path)
+    content["X"][0, 1] = content["X"][0, 1][:, ::-1].copy()
+    savemat(path, {key: content[key] for key in ("X", "Y")})
+    capsys.readouterr()
+    assert main(evaluate) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: X{{2}}: got values of columns without names (SHA-256 " in error
+    assert "expected those that the run was trained on" in error
+
+
 def test_values_far_outside_those_trained_on(cancers, views, tmp_path, capsys):
     content = loadmat(views / "handwritten_x.mat")
     content["X"][0, 1][6, 2] = 1e25
@@ -116,7 +154,7 @@ def test_values_far_outside_those_trained_on(cancers, views, tmp_path, capsys):
     (cancers / "meth.csv").write_text("\n".join(lines))
     options = ["--normal", "--folds", "5", "--out", str(out), "--data-dir"]
     assert main(["train", "brca2012", *options, str(cancers)]) == 2
-    message = "meth.csv, row 3 of those in labels.csv, column 4: got -1e+25, which is "
+    message = "meth.csv, row 3 of those in labels.csv, column 'meth_2': got -1e+25, which is "
     assert message in capsys.readouterr().err
     assert not out.exists()
 
