@@ -13,6 +13,7 @@ Source: Everingham et al., The PASCAL VOC Challenge, 2010, as VoteNet's `eval_de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,47 +65,71 @@ def average_precision(scenes: Sequence[Detections], threshold: float) -> dict[in
     Source: VoteNet's `eval_det.py`. Difference: 1. a class without objects has no result there
     either, but where something was detected of it; there it is NaN.
     """
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold: got {threshold}, expected a number from 0 to below 1")
-    present = {int(label) for scene in scenes for label in scene.true_classes.unique()}
-    return {label: _class_result(scenes, label, threshold) for label in sorted(present)}
+    return _results(scenes, [threshold])[0]
 
 
 def detection_metrics(
-    scenes: Sequence[Detections], thresholds: Sequence[float] = (0.25, 0.5)
+    scenes: Sequence[Detections],
+    thresholds: Sequence[float] = (0.25, 0.5),
+    classes: Sequence[str] = (),
 ) -> dict[str, float]:
     """Compute mean average precision and mean recall over the classes that have objects.
 
     Args:
         scenes: the detections of a split.
         thresholds: IoUs, as in `average_precision`.
+        classes: names of classes 0, 1, ... whose average precision at the first threshold is
+            wanted too.
 
     Returns:
-        `map_25`, `recall_25` and so on: a name and the threshold in per cent. NaN where no scene
-        has an object.
+        `map_25`, `recall_25` and so on: a name and the threshold in per cent; `ap_25_NAME` of each
+        of `classes`. NaN where no scene has an object, or one of the class.
     """
-    metrics = {}
-    for threshold in thresholds:
-        results = list(average_precision(scenes, threshold).values())
+    metrics, names = {}, [f"{100 * threshold:g}" for threshold in thresholds]
+    found = _results(scenes, thresholds)
+    for name, results in zip(names, found, strict=True):
         count = len(results)
-        name = f"{100 * threshold:g}"
-        precision = sum(result.precision for result in results)
-        recall = sum(result.recall for result in results)
-        metrics[f"map_{name}"] = precision / count if count else float("nan")
-        metrics[f"recall_{name}"] = recall / count if count else float("nan")
+        precision = sum(result.precision for result in results.values())
+        recall = sum(result.recall for result in results.values())
+        metrics[f"map_{name}"] = precision / count if count else math.nan
+        metrics[f"recall_{name}"] = recall / count if count else math.nan
+    for label, title in enumerate(classes):
+        known = found[0].get(label)
+        metrics[f"ap_{names[0]}_{title}"] = math.nan if known is None else known.precision
     return metrics
 
 
-def _class_result(scenes: Sequence[Detections], label: int, threshold: float) -> ClassResult:
+def _results(
+    scenes: Sequence[Detections], thresholds: Sequence[float]
+) -> list[dict[int, ClassResult]]:
+    """Of each threshold the results by class; overlaps, which take the time, are computed once."""
+    for threshold in thresholds:
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold: got {threshold}, expected a number from 0 to below 1")
+    present = {int(label) for scene in scenes for label in scene.true_classes.unique()}
+    by_class = {label: _class_results(scenes, label, thresholds) for label in sorted(present)}
+    return [
+        {label: results[place] for label, results in by_class.items()}
+        for place in range(len(thresholds))
+    ]
+
+
+def _class_results(
+    scenes: Sequence[Detections], label: int, thresholds: Sequence[float]
+) -> list[ClassResult]:
     scores, right, objects = [], [], 0
     for scene in scenes:
         mine, true = scene.classes == label, scene.true_classes == label
         objects += int(true.sum())
         order = scene.scores[mine].argsort(descending=True, stable=True)
         scores.append(scene.scores[mine][order].double().cpu())
-        right.append(_right(scene.boxes[mine][order], scene.true_boxes[true], threshold))
-    score, hit = torch.cat(scores), torch.cat(right)
-    hit = hit[score.argsort(descending=True, stable=True)].double()
+        right.append(_right(scene.boxes[mine][order], scene.true_boxes[true], thresholds))
+    order = torch.cat(scores).argsort(descending=True, stable=True)
+    hits = torch.cat(right, dim=1)[:, order].double()
+    return [_class_result(hit, objects) for hit in hits]
+
+
+def _class_result(hit: Tensor, objects: int) -> ClassResult:
     found = hit.cumsum(0)
     precision = found / torch.arange(1, len(hit) + 1, dtype=torch.float64)
     envelope = precision.flip(0).cummax(0).values.flip(0) if len(hit) else precision
@@ -116,17 +141,21 @@ def _class_result(scenes: Sequence[Detections], label: int, threshold: float) ->
     )
 
 
-def _right(boxes: Tensor, true_boxes: Tensor, threshold: float) -> Tensor:
-    """Which boxes of a scene, highest score first, find an object: bool (D,) on the CPU."""
-    right = torch.zeros(len(boxes), dtype=torch.bool)
+def _right(boxes: Tensor, true_boxes: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Which boxes of a scene, highest score first, find an object, at each threshold.
+
+    Returns:
+        bool (thresholds, D), on the CPU.
+    """
+    right = torch.zeros(len(thresholds), len(boxes), dtype=torch.bool)
     if len(boxes) == 0 or len(true_boxes) == 0:
         return right
     best = box_iou(boxes, true_boxes).cpu().max(dim=1)
-    taken: set[int] = set()
-    for index, (overlap, place) in enumerate(
-        zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ):
-        if overlap > threshold and place not in taken:
-            taken.add(place)
-            right[index] = True
+    overlaps, places = best.values.tolist(), best.indices.tolist()
+    for row, threshold in zip(right, thresholds, strict=True):
+        taken: set[int] = set()
+        for index, (overlap, place) in enumerate(zip(overlaps, places, strict=True)):
+            if overlap > threshold and place not in taken:
+                taken.add(place)
+                row[index] = True
     return right

@@ -44,7 +44,7 @@ from ..engine.kinds import Kind, OneOf, RealNumber, Sha256, Switch, WholeNumber,
 from ..engine.options import configured_fusion
 from ..engine.recipe import Config, Field, Objective, OptionError, Recipe, Splits
 from ..metrics.boxes import points_in_boxes, suppress
-from ..metrics.detection import Detections, average_precision, detection_metrics
+from ..metrics.detection import Detections, detection_metrics
 from ..models.images import IMAGE_ENCODERS, ResNetStem, build_image_encoder
 from ..models.votenet import MultimodalVoteNet, Proposals, decode_boxes
 from ..models.votenet_loss import SceneTargets, votenet_losses
@@ -298,11 +298,7 @@ class SunRgbdRecipe(Recipe):
     def metrics(self, outputs: Sequence[list[dict[str, Tensor]]]) -> dict[str, float]:
         """Return mAP and mean recall at IoUs of 0.25 and 0.5, and the AP at 0.25 of each class."""
         scenes = [Detections(**scene) for batch in outputs for scene in batch]
-        metrics = detection_metrics(scenes)
-        results = average_precision(scenes, 0.25)
-        for label, name in enumerate(SUNRGBD_CLASSES):
-            metrics[f"ap_25_{name}"] = results[label].precision if label in results else math.nan
-        return metrics
+        return detection_metrics(scenes, (0.25, 0.5), SUNRGBD_CLASSES)
 
     def _samples(
         self, scenes: Sequence[SceneFiles], config: Config, **options: bool

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from deqfusion.metrics import Detections, average_precision, detection_metrics
+from deqfusion.metrics import Detections, average_precision, box_iou, detection, detection_metrics
 
 
 def boxes(*places):
@@ -81,6 +81,24 @@ def test_mean_is_over_classes_that_have_objects():
     assert [result.objects for result in results.values()] == [1, 1]
     metrics = detection_metrics([one])
     assert metrics == {"map_25": 0.5, "recall_25": 0.5, "map_50": 0.5, "recall_50": 0.5}
+
+
+def test_overlaps_of_a_class_are_computed_once(monkeypatch):
+    one = scene([0, 10, 20], [0.9, 0.8, 0.9], [0, 30], classes=[0, 2, 1], true_classes=[0, 1])
+    calls = []
+    monkeypatch.setattr(detection, "box_iou", lambda *two: calls.append(two) or box_iou(*two))
+    metrics = detection_metrics([one, one], (0.25, 0.5), ["bed", "table", "sofa"])
+    # Two classes that have objects, in each of two scenes.
+    assert len(calls) == 4
+    assert (metrics["ap_25_bed"], metrics["ap_25_table"]) == (1.0, 0.0)
+    assert math.isnan(metrics["ap_25_sofa"])
+    assert metrics["map_25"] == 0.5
+
+
+def test_thresholds_have_hits_of_their_own():
+    # IoU 1/3: right at 0.25, wrong at 0.5.
+    metrics = detection_metrics([scene([0.5, 10], [0.9, 0.8], [0, 10])])
+    assert metrics == {"map_25": 1.0, "recall_25": 1.0, "map_50": 0.25, "recall_50": 0.5}
 
 
 def test_scenes_without_objects_count_against_precision_only():
