@@ -10,6 +10,7 @@ import torch
 from deqfusion.cli import main
 from deqfusion.data import DataError
 from deqfusion.engine import complete
+from deqfusion.tasks import TASKS, get_recipe
 from deqfusion.tasks.vqa import FEATURES_FOLDER, RECIPES
 
 RECIPE = RECIPES["vqa"]
@@ -215,6 +216,19 @@ def test_what_concerns_the_fusion_is_refused_where_nothing_is_fused(
     assert main(["train", "vqa", *files, "--image", "none", argument, str(value)]) == 2
     assert f"{argument}: got " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_an_equilibrium_is_penalised_by_default():
+    weights = {
+        fusion: configuration(fusion=fusion)["jacobian_weight"] for fusion in ("deq", "concat")
+    }
+    assert weights == {"deq": 0.1, "concat": 0.0}
+    assert configuration(image="none")["jacobian_weight"] == 0.0
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_penalises_an_equilibrium_by_default(name):
+    assert complete(get_recipe(name), {})["jacobian_weight"] > 0
 
 
 def test_data_is_known_by_its_features_too(folder):
