@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..ops import checked_implementation
-from .config import complete, fault, fields_of, read_run, read_toml
+from .config import complete, fault, fields_of, read_run, read_toml, without_effect
 from .distributed import LostProcessError, device_of, processes
 from .kinds import Switch, choices
 from .logs import writes_events
@@ -80,8 +80,9 @@ def run_train(args: argparse.Namespace, recipe: Recipe) -> int:
         CheckpointError: `--out` holds a run that cannot be, or should not be, continued.
         ValueError: options that do not fit together, or a `DEQFUSION_BACKEND` that cannot run.
     """
-    config, place = _options(args, recipe)
+    config, place, asked = _options(args, recipe)
     _refuse(place, fault(recipe, config, facts=False))
+    _refuse(place, without_effect(recipe, config, asked))
     first = True
     try:
         with processes(config) as process:
@@ -167,8 +168,10 @@ def run_evaluate(args: argparse.Namespace, get_recipe: Callable[[str], Recipe]) 
 
 def _options(
     args: argparse.Namespace, recipe: Recipe
-) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Options from arguments, file, stored run and defaults, and where each came from."""
+) -> tuple[dict[str, Any], Callable[[str], str], set[str]]:
+    """Options from arguments, file, stored run and defaults, where each came from, and those of
+    which somebody wants something: all arguments, and in a file, which may list everything, those
+    that are not as they would be anyway."""
     fields = fields_of(recipe)
     stored: dict[str, Any] = {}
     # A file in place of the folder is refused here, before its lack of options is made up for.
@@ -188,7 +191,10 @@ def _options(
             return f"{args.config}: {key}"
         return f"--{key.replace('_', '-')}"
 
-    return complete(recipe, {**stored, **given}), place
+    config = complete(recipe, {**stored, **given})
+    usual = fields_of(recipe, config)
+    asked = {n for n in given if n in vars(args) or given[n] != usual[n].default}
+    return config, place, asked
 
 
 def _refuse(place: Callable[[str], str], found: tuple[str, str] | None) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import reprlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .kinds import Kind, WholeNumber
-from .options import ENGINE_FIELDS
+from .options import ENGINE_FIELDS, idle_options
 from .recipe import Config, Field, Recipe
 from .runs import CheckpointError, read_config
 
@@ -93,6 +93,30 @@ def fault(recipe: Recipe, config: Config, *, facts: bool = True) -> tuple[str, s
     if unknown:
         return reprlib.repr(unknown[0]), f"is unknown, expected only {', '.join(known)}"
     return _engine_fault(config) or recipe.fault(config)
+
+
+def without_effect(
+    recipe: Recipe, config: Config, asked: Collection[str]
+) -> tuple[str, str] | None:
+    """Return the first of some options that others leave without effect, and what was got; or None.
+
+    Only what somebody asked for in this run: defaults, and what an analysis gives to all fusions
+    alike, may well have none.
+
+    Args:
+        recipe: the task.
+        config: complete, without fault.
+        asked: names of the options.
+    """
+    idle = {**idle_options(config), **recipe.idle_options(config)}
+    for name in fields_of(recipe):
+        if name in idle and name in asked:
+            cause, value = idle[name], config[idle[name]]
+            why = f"without {cause}" if value is None else f"with {cause} {value!r}"
+            return name, (
+                f"got {config[name]!r} {why}, where it has no effect, expected it left out"
+            )
+    return None
 
 
 def _engine_fault(config: Config) -> tuple[str, str] | None:

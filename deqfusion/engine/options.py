@@ -82,6 +82,39 @@ _MACHINE: dict[str, Field] = {
 ENGINE_FIELDS: dict[str, Field] = {**_FUSION, **_OPTIMISATION, **_MACHINE}
 
 
+_CELL = ("gate", "gate_input", "skip", "tail", "num_groups", "fusion_dropout")
+_SOLVE = ("solver", "tol_start", "tol_steps", "max_steps", "memory", "adjoint")
+#: Options of what fuses, of which a task that fuses nothing heeds none.
+FUSION_ONLY = (*_CELL, *_SOLVE, "tol", "rank", "heads", "fusion_rate")
+
+
+def idle_options(config: Config) -> dict[str, str]:
+    """Return the options that others leave without effect.
+
+    Args:
+        config: complete.
+
+    Returns:
+        Of each such option the name of the one that is to blame.
+    """
+    fusion = config["fusion"]
+    tied = fusion.startswith("weight_tied:")
+    idle = (
+        (fusion != "deq" and not tied, "fusion", _CELL),
+        (fusion != "deq", "fusion", _SOLVE),
+        # What is unrolled has its last change judged by it.
+        (fusion != "deq" and not tied, "fusion", ("tol",)),
+        (fusion != "tensor", "fusion", ("rank",)),
+        (fusion != "attention", "fusion", ("heads",)),
+        (fusion == "sum", "fusion", ("fusion_rate",)),
+        (fusion == "deq" and config["solver"] != "anderson", "solver", ("memory",)),
+        (fusion == "deq" and config["tol_start"] is None, "tol_start", ("tol_steps",)),
+        (config["optimizer"] != "sgd", "optimizer", ("momentum",)),
+        (config["schedule"] != "step", "schedule", ("step_epochs", "step_factor")),
+    )
+    return {name: cause for found, cause, names in idle if found for name in names}
+
+
 def configured_fusion(config: Config, num_modalities: int, dim: int | None = None) -> nn.Module:
     """Build the fusion that a configuration describes.
 

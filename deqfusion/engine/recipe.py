@@ -153,6 +153,13 @@ class Recipe(ABC):
         """
         return None
 
+    def idle_options(self, config: Config) -> Mapping[str, str]:
+        """Return options that others leave without effect, each with the one to blame.
+
+        Beside those of `options.idle_options`, which every task has.
+        """
+        return {}
+
     def defaults_for(self, options: Config) -> Mapping[str, Any]:
         """Return defaults, given the options that were asked for; here always `defaults`.
 

@@ -121,6 +121,11 @@ class MOSIRecipe(Recipe):
             )
         return None
 
+    def idle_options(self, config: Config) -> Mapping[str, str]:
+        """Options of a text encoder that is not there."""
+        names = ("text_length", "text_rate") if config["text_encoder"] is None else ()
+        return dict.fromkeys(names, "text_encoder")
+
     def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
         """Read the folder, hold training videos out, and tokenise where that is asked for."""
         data = load_mosi(data_dir)

@@ -196,6 +196,10 @@ class SunRgbdRecipe(Recipe):
             return "pretrained", "got true, expected image_encoder of torchvision with it"
         return None
 
+    def idle_options(self, config: Config) -> Mapping[str, str]:
+        """The width of a CNN that is not there."""
+        return {} if config["image_encoder"] == "cnn" else {"image_width": "image_encoder"}
+
     def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
         """Find and check all scenes; hold out scenes to choose the epoch by.
 

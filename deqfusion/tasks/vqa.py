@@ -36,6 +36,7 @@ from ..data.vqa import NUM_ANSWERS, Question, answer_vocabulary, hold_out_images
 from ..data.words import encode_words, word_vocabulary
 from ..engine import Config, Field, Objective, OptionError, Recipe, Splits, configured_fusion
 from ..engine.kinds import Kind, OneOf, RealNumber, Sha256, Switch, WholeNumber
+from ..engine.options import FUSION_ONLY
 from ..metrics.vqa import ANSWER_TYPES, answer_accuracy, mean_accuracies, normalise_answer
 from ..models.vqa import ENCODERS, QuestionEncoder, RegionAttention, VQAModel
 
@@ -187,6 +188,15 @@ class VQA(Recipe):
             )
         return None
 
+    def idle_options(self, config: Config) -> Mapping[str, str]:
+        """Options of regions and fusion without an image; of a transformer without one."""
+        idle = {} if config["encoder"] == "transformer" else {"encoder_layers": "encoder"}
+        if config["image"] == "none":
+            idle |= dict.fromkeys((*FUSION_ONLY, "positions", "max_regions"), "image")
+            if config["encoder"] != "transformer":
+                idle["attention_heads"] = "image"
+        return idle
+
     def load(self, data_dir: Path, config: Config) -> tuple[Splits, dict[str, Any]]:
         """Read questions, choose words and answers by the training part, and find the images.
 
@@ -203,6 +213,14 @@ class VQA(Recipe):
                 )
             except DataError as error:
                 raise OptionError("validation_fraction", str(error)) from error
+        elif "data_sha256" not in config and (
+            config["validation_fraction"] != self.fields["validation_fraction"].default
+        ):
+            raise OptionError(
+                "validation_fraction",
+                f"got {config['validation_fraction']:g}, where it has no effect, as {data_dir} has "
+                "a part to choose the epoch by, expected it left out",
+            )
         parts = (train, validation, data.test)
         try:
             answers = answer_vocabulary(train, config["min_answer_count"], config["max_answers"])

@@ -22,7 +22,7 @@ from deqfusion.tasks.omics import Rosmap
 _SHARED = Path(
     os.environ.get("DEQFUSION_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
 )
-_SMALL = ["--dim", "8", "--modalities", "1,2", "--epochs", "3", "--tol", "1e-2"]
+_SMALL = ["--dim", "8", "--modalities", "1,2", "--epochs", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +389,7 @@ def test_bad_arguments(folder, tmp_path, capsys, option):
         (["--fusion", "sum", "--jacobian-weight", "1"], "--jacobian-weight: got 1 with fusion"),
         (["--fusion", "attention", "--dim", "30"], "--dim: got 30, expected a multiple of the 4"),
         (["--amp", "float16", "--strategy", "fsdp"], "--amp: got 'float16' with strategy 'fsdp'"),
-        (["--tol-start", "1e-3"], "--tol-start: got 0.001, expected at least tol 0.01"),
+        (["--tol-start", "1e-4"], "--tol-start: got 0.0001, expected at least tol 0.001"),
         (["--dim", "30"], "--dim: got 30, expected a multiple of 4 for fusion 'deq'"),
     ],
 )
