@@ -19,7 +19,15 @@ from .kinds import Switch, choices
 from .logs import writes_events
 from .options import ENGINE_FIELDS
 from .recipe import Config, OptionError, Recipe
-from .run import Loaded, evaluate_loaded, json_values, load, open_run, train_loaded
+from .run import (
+    Loaded,
+    evaluate_loaded,
+    first_model,
+    json_values,
+    load,
+    open_run,
+    train_loaded,
+)
 from .runs import CheckpointError, RunDirectory, read_config
 from .training import TrainingDivergedError
 
@@ -91,11 +99,12 @@ def run_train(args: argparse.Namespace, recipe: Recipe) -> int:
             # All of this before anything is written.
             try:
                 loaded = load(recipe, args.data_dir, config)
+                for part, _ in loaded.parts:
+                    _refuse(place, fault(recipe, part))
+                _check_memory(recipe, loaded.config, place("dim"))
+                model = first_model(recipe, loaded, args.out, process)
             except OptionError as error:
                 raise ValueError(f"{place(error.name)}: {error.message}") from error
-            for part, _ in loaded.parts:
-                _refuse(place, fault(recipe, part))
-            _check_memory(recipe, loaded.config, place("dim"))
             run = process.of_first(lambda: _open(args, recipe, loaded))
             if first and run.started and not args.quiet and not writes_events():
                 print(
@@ -103,7 +112,7 @@ def run_train(args: argparse.Namespace, recipe: Recipe) -> int:
                     "(pip install 'deqfusion[tensorboard]'); curves are in log.csv and curves.png",
                     file=sys.stderr,
                 )
-            metrics = train_loaded(recipe, loaded, run, process, progress=not args.quiet)
+            metrics = train_loaded(recipe, loaded, model, run, process, progress=not args.quiet)
             if process.first:
                 _print_metrics(loaded, metrics, run)
     except TrainingDivergedError as error:

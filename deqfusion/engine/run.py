@@ -101,8 +101,22 @@ def train(
     config = checked(recipe, options or {})
     with processes(config) as process:
         loaded = load(recipe, Path(data_dir), config)
+        model = first_model(recipe, loaded, out, process)
         run = process.of_first(lambda: open_run(recipe, out, loaded.config, resume=resume))
-        return train_loaded(recipe, loaded, run, process, progress=progress)
+        return train_loaded(recipe, loaded, model, run, process, progress=progress)
+
+
+def first_model(recipe: Recipe, loaded: Loaded, out: str | Path, process: Process) -> nn.Module:
+    """Return the model of a run's first part, to be called before the run's folder is made.
+
+    Pretrained weights are read here, and where they are missing nothing must be left behind.
+
+    Raises:
+        OptionError, OSError: from the recipe.
+    """
+    config, splits = loaded.parts[0]
+    folder = _part_folder(out, 0) if loaded.repeated else out
+    return _model(recipe, config, splits, RunDirectory(folder), process)
 
 
 def open_run(
@@ -124,6 +138,7 @@ def open_run(
 def train_loaded(
     recipe: Recipe,
     loaded: Loaded,
+    model: nn.Module,
     run: RunDirectory,
     process: Process,
     *,
@@ -134,6 +149,7 @@ def train_loaded(
     Args:
         recipe: the task.
         loaded: its data.
+        model: of `first_model`.
         run: its folder, open.
         process: this process.
         progress: show a bar.
@@ -146,17 +162,19 @@ def train_loaded(
     if not loaded.repeated:
         (config, splits), *_ = loaded.parts
         label = "training" if progress else None
-        return _train_part(recipe, config, splits, run, process, label)
+        return _train_part(recipe, model, config, splits, run, process, label)
     results = []
     for index, (config, splits) in enumerate(loaded.parts):
-        folder = run.path / f"split_{index:03d}"
+        folder = _part_folder(run.path, index)
         part = process.of_first(
             lambda folder=folder, config=config: open_run(  # type: ignore[misc]
                 recipe, folder, config, resume=True, part_of=run
             )
         )
         label = f"split {index + 1}/{len(loaded.parts)}" if progress else None
-        results.append(_train_part(recipe, config, splits, part, process, label))
+        if index:
+            model = _model(recipe, config, splits, part, process)
+        results.append(_train_part(recipe, model, config, splits, part, process, label))
     rows = [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in results]
     summary = {}
     for name in rows[0]:
@@ -169,8 +187,25 @@ def train_loaded(
     return summary
 
 
+def _part_folder(out: str | Path, index: int) -> Path:
+    return Path(out) / f"split_{index:03d}"
+
+
+def _model(
+    recipe: Recipe, config: Config, splits: Splits, run: RunDirectory, process: Process
+) -> nn.Module:
+    """Build a model, and prepare it unless a checkpoint will be read."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(config))
+        model = recipe.build(config)
+        if not process.of_first(run.checkpoint.exists):
+            recipe.prepare(model, splits, config)
+    return model
+
+
 def _train_part(
     recipe: Recipe,
+    model: nn.Module,
     config: Config,
     splits: Splits,
     run: RunDirectory,
@@ -180,11 +215,6 @@ def _train_part(
     """Train one model and return its metrics."""
     # A split's parameters, order and dropout are its own.
     config = {**config, "seed": seed_of(config)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config["seed"])
-        model = recipe.build(config)
-        if not process.of_first(run.checkpoint.exists):
-            recipe.prepare(model, splits, config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trainer = Trainer(recipe, model, config, process)
     result = trainer.fit(splits, run=run, progress=label)

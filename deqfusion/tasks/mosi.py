@@ -21,6 +21,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..data.errors import DataError
@@ -258,7 +259,7 @@ def _pretrained(kind: str, name: str, **options: Any) -> Any:
     """What `transformers` has by that name: AutoTokenizer, AutoConfig or AutoModel."""
     try:
         return getattr(_transformers(), kind).from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OptionError(
             "text_encoder",

@@ -17,7 +17,7 @@ from deqfusion.engine import (
 )
 from deqfusion.engine.runs import read_tensors, write_tensors
 from deqfusion.models import MultimodalClassifier
-from tests.engine.problem import RECIPE, rows
+from tests.engine.problem import RECIPE, Problem, rows
 
 _OPTIONS = {"epochs": 6, "learning_rate": 1e-2, "batch_size": 16, "seed": 3}
 # Seconds differ from run to run.
@@ -304,3 +304,18 @@ def test_samples_that_are_taken_share_the_tensors():
     inputs, labels = taken.data
     assert torch.equal(labels, samples.data[1][[13, 11]])
     assert torch.equal(taken.batch(torch.tensor([1]))[0][0], inputs[0][1:])
+
+
+@pytest.mark.parametrize("repeats", [0, 2])
+def test_a_model_that_cannot_be_prepared_leaves_no_run(tmp_path, repeats):
+    class Unprepared(Problem):
+        def repeats(self, config):
+            return repeats
+
+        def prepare(self, model, splits, config):
+            raise OSError("no weights")
+
+    out = tmp_path / "new" / "run"
+    with pytest.raises(OSError, match="no weights"):
+        train(Unprepared(), tmp_path, out, {"dim": 8, "epochs": 1})
+    assert not out.parent.exists()

@@ -1,6 +1,7 @@
 """CMU-MOSI as a recipe: splits by video, what is fitted on which rows, fusions, transformers."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -305,3 +306,19 @@ def test_features_far_outside_those_trained_on(folder, tmp_path, capsys, name, l
     assert f"{data / name}, line {line}, column {column}: got " in error
     assert "on the scale of the rows trained on, expected at most 1e+17" in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "half"])
+def test_weights_that_cannot_be_read_leave_no_run(folder, encoder, tmp_path, capsys, damage):
+    copy, run = tmp_path / "bert", tmp_path / "new" / "run"
+    shutil.copytree(encoder, copy)
+    weights = copy / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    if damage == "half":
+        weights.write_bytes(content[: len(content) // 2])
+    options = ["--dim", "8", "--epochs", "1", "--quiet", "--text-encoder", str(copy)]
+    assert main(["train", "mosi", "--data-dir", str(folder), "--out", str(run), *options]) == 2
+    error = capsys.readouterr().err
+    assert f"--text-encoder: got '{copy}', which cannot be loaded (" in error
+    assert not run.parent.exists()
