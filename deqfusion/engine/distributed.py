@@ -58,16 +58,18 @@ class Process:
         """Whether this is the process that reads, writes and prints."""
         return self.rank == 0
 
-    def share(self, rows: Tensor) -> tuple[Tensor, float]:
+    def share(self, rows: Tensor, least: int = 1) -> tuple[Tensor, float]:
         """Return this process's part of a batch, and the weight that its mean loss has.
 
-        The mean over processes of weight times loss is the mean over the batch's samples. A process
-        without a sample gets one of weight 0, since it has to take part.
+        The mean over processes of weight times loss is the mean over the batch's samples. Where
+        there are fewer than `least` for each, fewer processes have all of them, and the others get
+        `least` of weight 0, since they have to take part.
         """
         if self.world == 1:
             return rows, 1.0
-        own = rows.tensor_split(self.world)[self.rank]
-        return (own if len(own) else rows[:1]), len(own) * self.world / len(rows)
+        sharing = max(1, min(self.world, len(rows) // least))
+        own = rows.tensor_split(sharing)[self.rank] if self.rank < sharing else rows[:0]
+        return (own if len(own) else rows[:least]), len(own) * self.world / len(rows)
 
     def of_first(self, read: Callable[[], T]) -> T:
         """Let the first process do something, and return its result in every process.

@@ -119,6 +119,7 @@ class Recipe(ABC):
             `jacobian_weight` is taken for fusion "deq", others have no penalty unless asked to.
         facts: what each fact that `load` returns may be; all of them, in a stored configuration.
         selection: metric of the validation split that chooses the epoch, and which way is better.
+        least_samples: that a process's part of a batch must have in training.
     """
 
     name: ClassVar[str]
@@ -127,6 +128,7 @@ class Recipe(ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     facts: ClassVar[Mapping[str, Kind]] = {}
     selection: ClassVar[tuple[str, Literal["max", "min"]]] = ("loss", "min")
+    least_samples: ClassVar[int] = 1
 
     def repeats(self, config: Config) -> int:
         """How many models a run trains, on splits or folds of their own; 0: one on the given split.

@@ -171,7 +171,7 @@ class Trainer:
         """Train one epoch, judge it on the validation samples, and return its row."""
         config, process = self.config, self.process
         batches = _batches(len(splits.train), epoch, config)
-        shares = [process.share(rows) for rows in batches]
+        shares = [process.share(rows, self.recipe.least_samples) for rows in batches]
         torch.manual_seed(mixed(config["seed"], epoch, process.rank, _MODEL))
         self._step.train()
         sums = torch.zeros(len(_MEANS), dtype=torch.float64, device=process.device)

@@ -79,6 +79,8 @@ class MMIMDBRecipe(Recipe):
         "data_sha256": Sha256(),
     }
     selection = ("f1_macro", "max")
+    # Of one film batch normalisation has no deviation.
+    least_samples = 2
 
     def fault(self, config: Config) -> tuple[str, str] | None:
         """Return what does not fit together: numbers of sizes, a last batch of one film."""

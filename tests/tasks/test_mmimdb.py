@@ -11,6 +11,7 @@ from deqfusion.data.errors import DataError
 from deqfusion.engine.config import checked, complete
 from deqfusion.tasks.mmimdb import RECIPES
 from tests.data.small_mmimdb import SPLIT, arrays, write_mmimdb
+from tests.engine.test_distributed import start
 from tests.tasks import small_runs
 from tests.tasks.small_runs import everything, measured
 
@@ -138,6 +139,15 @@ def test_command_trains_and_evaluates(folder, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     for name in ("f1_micro", "f1_macro", "f1_weighted", "f1_samples"):
         assert printed[name] == pytest.approx(written[name], abs=1e-6)
+
+
+def test_two_processes_share_a_last_batch_of_three_films(folder, tmp_path):
+    options = [*_SMALL, "--epochs", "1", "--device", "cpu", "--batch-size", "37"]
+    files = ["--data-dir", str(folder), "--out", str(tmp_path / "run")]
+    processes = start(["train", "mmimdb", *files, *options, "--strategy", "ddp"])
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "f1_macro" in outputs[0][0]
 
 
 def test_command_refuses(folder, tmp_path, capsys):
