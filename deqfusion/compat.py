@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,8 @@ _OFFICIAL_MEMORY = 6
 _TRACE_GUARD = 1e-5
 # With stop_mode="abs" only the absolute tolerance may stop a row, but a tolerance must be > 0.
 _NO_RELATIVE_STOP = 1e-30
+# What their code has, and a checkpoint does not tell; with gates of its shape, "sum" is sure.
+_OFFICIAL_OPTIONS = {"gate": "identity", "skip": True, "num_groups": 4}
 
 
 def _official_layout(num_modalities: int) -> dict[str, tuple[str, int | None]]:
@@ -131,13 +134,17 @@ def load_official(
         fusion: the layer to fill; its width, number of modalities and gate input decide the
             expected shapes. Other options cannot be told from a checkpoint: the authors' have
             `gate="identity"` and `skip=True`, those of their MM-IMDB file `tail="norm_relu"` too,
-            and a layer without gives other answers.
+            and a layer without gives other answers. The first two, and their 4 groups, are
+            compared.
         state_dict: the authors' names to floating-point tensors.
         prefix: which fusion layer to take, where the checkpoint holds several.
 
     Raises:
         TypeError: `fusion` or `state_dict` is of another type, or a value is no float tensor.
         ValueError: keys are missing, unexpected or of the wrong shape; all of them are named.
+
+    Warns:
+        UserWarning: the layer has another gate, skip or number of groups than the authors' code.
     """
     if not isinstance(fusion, DEQFusion):
         raise TypeError(f"fusion: got {type(fusion).__name__}, expected DEQFusion")
@@ -187,6 +194,18 @@ def load_official(
         for name, (ours, index) in layout.items():
             destination = own[ours] if index is None else own[ours][index]
             destination.copy_(found[name].reshape(destination.shape))
+    own_options = {name: getattr(fusion.options, name) for name in _OFFICIAL_OPTIONS}
+    others = [name for name, value in _OFFICIAL_OPTIONS.items() if own_options[name] != value]
+    if others:
+        got, expected = (
+            ", ".join(f"{name}={options[name]!r}" for name in others)
+            for options in (own_options, _OFFICIAL_OPTIONS)
+        )
+        warnings.warn(
+            f"fusion: got {got}, expected {expected} as the authors' code has: with other options "
+            "the same parameters give other answers",
+            stacklevel=2,
+        )
 
 
 def export_official(fusion: DEQFusion, grad: bool = False) -> dict[str, Tensor]:

@@ -64,6 +64,30 @@ class TestCheckpoints:
         ):
             assert torch.equal(got, expected), name
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({}, r"got gate='sigmoid', skip=False, expected gate='identity', skip=True as"),
+            ({"gate": "identity"}, r"got skip=False, expected skip=True as"),
+            (
+                {"gate": "identity", "skip": True, "num_groups": 8},
+                r"got num_groups=8, expected num_groups=4 as",
+            ),
+        ],
+    )
+    def test_other_options_than_the_authors_are_warned_of(self, options, message):
+        fusion = DEQFusion(DIM, COUNT, **options)
+        with pytest.warns(UserWarning, match=message) as caught:
+            load_official(fusion, checkpoint())
+        assert caught[0].filename == __file__
+        # It is loaded all the same.
+        assert torch.equal(fusion.gate_weight, checkpoint()["func_.branches.2.gate.weight"])
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("tail", ["relu_norm", "norm_relu"])
+    def test_the_authors_options_are_not(self, tail):
+        load_official(engine(tail=tail), checkpoint())
+
     def test_whole_model_checkpoint(self):
         saved = checkpoint("module.deq_fusion.")
         saved["module.encoder.weight"] = torch.randn(3, 3)
@@ -105,6 +129,7 @@ class TestCheckpoints:
         assert torch.equal(fusion.injection_weight, torch.ones(COUNT))
         assert torch.equal(fusion.injection_bias, torch.zeros(1))
 
+    @pytest.mark.filterwarnings("ignore:fusion. got gate")
     def test_gate_of_the_other_kind(self):
         wide = DEQFusion(DIM, COUNT, gate_input="concat")
         with pytest.raises(ValueError, match=r"gate\.weight \(32, 32\).*gate_input=\"concat\""):
