@@ -68,10 +68,7 @@ class Solver:
     """What every solver has in common; use `Anderson`, `Picard` or `Broyden`.
 
     Args:
-        tol: relative tolerance on the residual, > 0: a float, or a `ToleranceSchedule`.
-        atol: absolute tolerance added to it, >= 0, in units of the state's 2-norm (of a backward
-            solve, in units of the 2-norm of the row's incoming gradient).
-        max_steps: evaluations of the map at most, >= 1.
+        tol, atol, max_steps: as in `Anderson`.
 
     Raises:
         ValueError, TypeError: naming the argument, what was got and what was expected.
@@ -117,7 +114,10 @@ class Anderson(Solver):
     kept and returned as f(z); (5) a rising residual restarts the row with a damped step.
 
     Args:
-        tol, atol, max_steps: as in `Solver`.
+        tol: relative tolerance on the residual, > 0: a float, or a `ToleranceSchedule`.
+        atol: absolute tolerance added to it, >= 0, in units of the state's 2-norm (of a backward
+            solve, in units of the 2-norm of the row's incoming gradient).
+        max_steps: evaluations of the map at most, >= 1.
         memory: evaluations mixed; 0 is plain iteration. (The Triton programs take 0 to 8.)
         ridge: regularisation of the Gram matrix, >= 0; None chooses by dtype.
         ridge_mode: "relative" (times the mean diagonal) or "absolute" (parity with the authors'
@@ -160,7 +160,7 @@ class Picard(Solver):
     A residual that rises tenfold sends the row back to its best iterate, three times at most.
 
     Args:
-        tol, atol, max_steps: as in `Solver`.
+        tol, atol, max_steps: as in `Anderson`.
         damping: step length in (0, 1].
     """
 
@@ -183,7 +183,7 @@ class Broyden(Solver):
     updates are kept and the row restarts when they are used up, instead of one per step.
 
     Args:
-        tol, atol, max_steps: as in `Solver`.
+        tol, atol, max_steps: as in `Anderson`.
         memory: rank-one updates kept, >= 1.
     """
 

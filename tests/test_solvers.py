@@ -1,8 +1,12 @@
 """What the solvers' options do: mixing, damping, memory, and tolerances that tighten."""
 
+import inspect
+import re
+
 import pytest
 import torch
 
+import deqfusion
 from deqfusion import Anderson, DEQFusion, Picard, Status, ToleranceSchedule
 
 DIM, COUNT, BATCH = 64, 2, 24
@@ -88,3 +92,12 @@ def test_a_schedule_tightens_as_training_goes_on():
     assert taken[4] == int(final.steps.sum())
     stats(fusion.eval())
     assert fusion.solver_progress == length + 2
+
+
+@pytest.mark.parametrize("name", deqfusion.__all__)
+def test_classes_that_a_docstring_names_are_exported(name):
+    exported = getattr(deqfusion, name)
+    parts = vars(exported).values() if inspect.isclass(exported) else ()
+    for part in (exported, *parts):
+        named = re.findall(r"`([A-Z][a-z]\w+)", inspect.getdoc(part) or "")
+        assert set(named) <= set(deqfusion.__all__)

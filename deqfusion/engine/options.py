@@ -69,7 +69,9 @@ _OPTIMISATION: dict[str, Field] = {
 
 _MACHINE: dict[str, Field] = {
     "amp": Field(OneOf(("off", "bfloat16", "float16")), "off", "autocast of the model", "machine"),
-    "compile": Field(Switch(), False, "run the model by torch.compile", "machine", fixed=False),
+    "compile": Field(
+        Switch(), False, "by torch.compile: half a minute at the first step", "machine", fixed=False
+    ),
     "deterministic": Field(Switch(), False, "only operators that repeat to the bit", "machine"),
     "device": Field(OneOf(("auto", "cpu", "cuda")), "auto", "what computes", "machine", False),
     "strategy": Field(

@@ -74,8 +74,9 @@ def autotune(
         progress: whether to show a progress bar on standard error.
 
     Returns:
-        `Tuned`. After an interruption (KeyboardInterrupt) what was found up to then, stored too.
-        With `file` None and a warning of `logging` if in the end it could not be stored.
+        `deqfusion.tuning.Tuned`. After an interruption (KeyboardInterrupt) what was found up to
+        then, stored too. With `file` None and a warning of `logging` if in the end it could not be
+        stored.
 
     Raises:
         ValueError, TypeError: naming the argument, what was got and what was expected.

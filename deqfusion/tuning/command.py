@@ -49,7 +49,11 @@ def register_commands(subparsers: Any) -> None:
         "--batch", type=WholeNumbers(1, 1 << 24), default=[256], metavar="B[,B...]",
         help="rows, for each of which there is a search (default 256)",
     )  # fmt: skip
-    add("--groups", WholeNumber(1, 1 << 16), 4, "groups of the normalisations", metavar="G")
+    groups = WholeNumber(1, 1 << 16)
+    add("--num-groups", groups, 4, "groups of the normalisations", metavar="G")
+    # Its name before it was the layer's and that of training.
+    old: dict[str, Any] = {"dest": "num_groups", "default": argparse.SUPPRESS}
+    parser.add_argument("--groups", type=groups, help=argparse.SUPPRESS, **old)
     add("--dtype", OneOf(DTYPES), DTYPES[0], "of the features", metavar="|".join(DTYPES))
     add(
         "--precision", OneOf(PRECISIONS), None, "of float32 products on a GPU, as "
@@ -187,7 +191,7 @@ def _layer(options: argparse.Namespace) -> DEQFusion:
     """A layer of random parameters, or that of a file."""
     solver = Anderson(tol=options.tol, memory=options.memory)
     kwargs: dict[str, Any] = {
-        "num_groups": options.groups, "solver": solver, "adjoint": Implicit(solver),
+        "num_groups": options.num_groups, "solver": solver, "adjoint": Implicit(solver),
     }  # fmt: skip
     sizes = options.dim, options.modalities
     if options.from_module is not None:
@@ -198,9 +202,9 @@ def _layer(options: argparse.Namespace) -> DEQFusion:
         layer = layer_from_file(options.from_module, **kwargs)
     else:
         dim = sizes[0] or DIM
-        if dim % options.groups:
+        if dim % options.num_groups:
             raise ValueError(
-                f"--dim: got {dim}, expected a multiple of --groups, which is {options.groups}"
+                f"--dim: got {dim}, expected a multiple of --num-groups, {options.num_groups}"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

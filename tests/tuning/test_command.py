@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.tuning.problems import features, layer, tune
 
 
 def test_the_command(store, tmp_path, capsys):
-    arguments = "autotune --dim 16 --groups 2 --modalities 1 --batch 8,30 --budget 1 --quiet"
+    arguments = "autotune --dim 16 --num-groups 2 --modalities 1 --batch 8,30 --budget 1 --quiet"
     assert cli.main([*arguments.split(), "--dry-run"]) == 0
     assert not list(store.glob("*.json"))
     assert cli.main([*arguments.split(), "--out", str(tmp_path / "out")]) == 0
@@ -31,7 +32,7 @@ def test_the_command(store, tmp_path, capsys):
 
 
 def test_the_memory_that_is_asked_for(tmp_path):
-    arguments = "autotune --dim 16 --groups 2 --batch 8 --budget 1e-3 --quiet --memory 3"
+    arguments = "autotune --dim 16 --num-groups 2 --batch 8 --budget 1e-3 --quiet --memory 3"
     assert cli.main([*arguments.split(), "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*.json")
     assert [e.problem.memory for e in tuning.read(file)] == [3]
@@ -50,7 +51,7 @@ def test_a_layer_from_a_file(prefix, tmp_path, capsys):
     assert found.options.gate_input == "concat"
     for name, value in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)
-    arguments = "--groups 2 --batch 20 --budget 1 --quiet --dry-run --forward-only"
+    arguments = "--num-groups 2 --batch 20 --budget 1 --quiet --dry-run --forward-only"
     assert cli.main(["autotune", "--from-module", str(tmp_path), *arguments.split()]) == 0
     assert "20 rows, width 16, 2 modalities" in capsys.readouterr().out
 
@@ -101,25 +102,35 @@ def file_of(kind: str, folder: Path) -> Path:
 )
 def test_files_without_a_layer_are_refused_in_one_line(kind, message, tmp_path, capsys):
     path = file_of(kind, tmp_path)
-    assert cli.main(["autotune", "--groups", "2", "--from-module", str(path)]) == 2
+    assert cli.main(["autotune", "--num-groups", "2", "--from-module", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"deqfusion: error: --from-module {path}")
     assert message in error
     assert error.count("\n") == 1
 
 
+def test_groups_are_named_as_in_training_and_as_before(capsys):
+    arguments = ["autotune", "--dim", "18", "--batch", "4", "--target", "h200"]
+    for name in ("--num-groups", "--groups"):
+        assert cli.main([*arguments, name, "5"]) == 2
+        assert "expected a multiple of --num-groups, 5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["autotune", "--help"])
+    assert not re.search(r"--groups\b", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--target h300", "target: got 'h300', expected one of 'h200', 'h100', 'a100', 'mi300x'"),
-        ("--dim 30", "--dim: got 30, expected a multiple of --groups, which is 4"),
-        ("--groups 7", "--dim: got 512, expected a multiple of --groups, which is 7"),
+        ("--dim 30", "--dim: got 30, expected a multiple of --num-groups, 4"),
+        ("--num-groups 7", "--dim: got 512, expected a multiple of --num-groups, 7"),
         ("--from-module a --dim 8", "--from-module: got --dim or --modalities as well, expected"),
         ("--device tpu", "--device: got 'tpu', expected cpu, cuda or cuda:1"),
         ("--device meta", "--device: got 'meta', expected cpu or one of"),
         ("--device cuda:99", "--device: got 'cuda:99', expected cpu or one of"),
         ("--target h200 --dtype float64", "dtype: got torch.float64"),
-        ("--target h200 --dim 2056 --groups 1 --batch 1", "got 2056 channels per group"),
+        ("--target h200 --dim 2056 --num-groups 1 --batch 1", "got 2056 channels per group"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(arguments, message, capsys, store):

@@ -31,7 +31,7 @@ def noisy(monkeypatch, factor):
 def test_noise_replaces_no_default(monkeypatch, store, capsys):
     """Of ways that are all alike in a moment that is not some median is the least."""
     noisy(monkeypatch, lambda way: 1.0)
-    arguments = "autotune --dim 16 --groups 2 --batch 20 --forward-only --quiet --device cpu"
+    arguments = "autotune --dim 16 --num-groups 2 --batch 20 --forward-only --quiet --device cpu"
     assert cli.main(arguments.split()) == 0
     printed = capsys.readouterr().out
     assert "default kept: nothing else is faster beyond the noise" in printed
@@ -70,7 +70,7 @@ def test_a_gain_beyond_the_noise_is_kept(monkeypatch):
 def test_the_solver_to_write_is_named(monkeypatch, capsys):
     timed(monkeypatch, lambda way: 1.0 if way.memory == 4 else 2.0)
     arguments = (
-        "autotune --dim 16 --groups 2 --batch 20 --forward-only --quiet --tol 1e-2 --dry-run"
+        "autotune --dim 16 --num-groups 2 --batch 20 --forward-only --quiet --tol 1e-2 --dry-run"
     )
     assert cli.main([*arguments.split(), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
