@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_OUT = "reports/bench"
+# Options that end without a measurement, each with those that it heeds.
+_HEEDED = {
+    "list": ("suite",),
+    "predict": ("suite", "shape"),
+    "warm": ("suite", "shape", "device", "contenders", "seed"),
+}
 
 
 def register_commands(subparsers: Any) -> None:
@@ -25,7 +31,6 @@ def register_commands(subparsers: Any) -> None:
     parser.add_argument("--suite", metavar="NAME", help="quick (default) or another of --list")
     parser.add_argument(
         "--out",
-        default=DEFAULT_OUT,
         metavar="DIR",
         help=f"folder for SUITE.json, pictures and index.html (default {DEFAULT_OUT})",
     )
@@ -103,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     from . import contenders, page, report, results, runner, suites
     from . import warm as warming
 
+    _refuse_unheeded(arguments)
     suite = suites.get(arguments.suite or "quick", **_changes(arguments))
     if arguments.list:
         here = runner.device_of(suites.get("quick"))
@@ -128,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     checked_implementation(device)
     old = _old(arguments, runner.here(device))
-    out = page.writable(Path(arguments.out))
+    out = page.writable(Path(DEFAULT_OUT if arguments.out is None else arguments.out))
     json_path = out / f"{suite.name}.json"
     with report.Progress(sys.stderr) as progress:
         result = runner.run(
@@ -171,11 +177,29 @@ def plot(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_unheeded(arguments: argparse.Namespace) -> None:
+    """Refuses options beside one that ends without a measurement, and without them."""
+    given = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("command", "run", "traceback") and value not in (None, False)
+    }
+    for mode, heeded in _HEEDED.items():
+        for name in given if mode in given else ():
+            if name not in (mode, *heeded):
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: got it with --{mode}, which has no use for it, "
+                    "expected it left out"
+                )
+
+
 def _old(arguments: argparse.Namespace, new: dict[str, Any]) -> dict[str, Any] | None:
     """The result to compare with, read and found comparable before minutes of measuring."""
     from . import changes, results
 
     if arguments.compare is None:
+        if arguments.across_machines:
+            raise ValueError("--across-machines: got it without --compare, expected both or none")
         return None
     old = results.read_json(Path(arguments.compare))
     if not arguments.across_machines:

@@ -20,7 +20,7 @@ from deqfusion.tuning.result import Tuned, written
 
 __all__ = ["layer_from_file", "register_commands", "run"]
 
-DIM, MODALITIES = 512, 2
+DIM, MODALITIES, BUDGET = 512, 2, 120.0
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PRECISIONS = ("highest", "high", "medium")
 _KEY = "modality_weight1"
@@ -71,12 +71,13 @@ def register_commands(subparsers: Any) -> None:
         "layer in it, instead of random ones",
     )  # fmt: skip
     seconds = RealNumber(0.0, above=True)
-    add("--budget", seconds, 120.0, "seconds for every batch, about", metavar="SECONDS")
+    words = f"seconds for every batch, about (default {BUDGET:g})"
+    add("--budget", seconds, None, words, metavar="SECONDS")
     add("--device", str, None, "cpu, cuda or cuda:1; default: a GPU where there is one")
     parser.add_argument(
         "--target", metavar="NAME",
         help=f"one of {', '.join(DEVICES)}: rank by the cost model for a device that is not here; "
-        "nothing is measured and nothing stored",
+        "nothing is measured and nothing stored: without --device, --budget and --out",
     )  # fmt: skip
     parser.add_argument(
         "--forward-only", action="store_true", help="leave the solves of backward passes alone"
@@ -103,6 +104,13 @@ def run(options: argparse.Namespace) -> int:
         ValueError: naming an option and what is possible.
         OSError: if a file cannot be read or written.
     """
+    if options.target is not None:
+        for name in ("device", "budget", "out"):
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f"--{name}: got {getattr(options, name)} with --target, by which nothing is "
+                    "measured and nothing stored, expected it left out"
+                )
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(options.precision or before)
     try:
@@ -120,7 +128,7 @@ def _tune(layer: DEQFusion, options: argparse.Namespace) -> int:
         features = torch.randn(shape, generator=draw).to(layer.gate_bias)
         save = not options.dry_run and options.target is None
         found = autotune(
-            layer, features, budget=options.budget, backward=not options.forward_only,
+            layer, features, budget=options.budget or BUDGET, backward=not options.forward_only,
             target=options.target, save=save, folder=options.out, progress=not options.quiet,
         )  # fmt: skip
         report(found, layer, rows)

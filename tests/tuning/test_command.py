@@ -130,6 +130,9 @@ def test_groups_are_named_as_in_training_and_as_before(capsys):
         ("--device meta", "--device: got 'meta', expected cpu or one of"),
         ("--device cuda:99", "--device: got 'cuda:99', expected cpu or one of"),
         ("--target h200 --dtype float64", "dtype: got torch.float64"),
+        ("--target h200 --budget 9", "--budget: got 9.0 with --target, by which nothing is measur"),
+        ("--target h200 --device cpu", "--device: got cpu with --target, by which nothing is"),
+        ("--target h200 --out here", "--out: got here with --target, by which nothing is"),
         ("--target h200 --dim 2056 --num-groups 1 --batch 1", "got 2056 channels per group"),
     ],
 )
