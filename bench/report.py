@@ -9,6 +9,8 @@ from typing import Any, TextIO
 
 import torch
 
+from deqfusion.tuning.result import aligned
+
 from . import contenders, results, runner, suites
 from .work import shares
 
@@ -189,20 +191,13 @@ def _rows(case: dict[str, Any], peaks: dict[str, float], without: Container[str]
         for name, entry in case["contenders"].items()
         if name not in without
     }
-    timed = [row for row in rows.values() if len(row) == len(COLUMNS)]
-    kept = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in timed)]
-    grid = [[COLUMNS[i] for i in kept], *([row[i] for i in kept] for row in timed)]
     width = max(len(name) for name in (*rows, COLUMNS[0]))
-    widths = [width, *(max(len(line[k]) for line in grid) for k in range(1, len(kept)))]
-    lines = []
-    for row in (COLUMNS, *rows.values()):
-        if len(row) != len(COLUMNS):
-            lines.append(f"  {row[0].ljust(width)}  {row[1]}")
-        elif timed:
-            cells = [row[i] for i in kept]
-            middle = [cell.rjust(w) for cell, w in zip(cells[1:-1], widths[1:-1], strict=True)]
-            lines.append("  " + "  ".join([cells[0].ljust(width), *middle, cells[-1]]))
-    return lines
+    timed = [(row[0].ljust(width), *row[1:]) for row in rows.values() if len(row) == len(COLUMNS)]
+    grid = iter(aligned([COLUMNS, *timed], left=(0, len(COLUMNS) - 1)).split("\n"))
+    lines = [next(grid)] if timed else []
+    for row in rows.values():
+        lines.append(next(grid) if len(row) == len(COLUMNS) else f"{row[0].ljust(width)}  {row[1]}")
+    return [f"  {line}" for line in lines]
 
 
 def _row(name: str, entry: dict[str, Any], peaks: dict[str, float]) -> tuple[str, ...]:
