@@ -18,7 +18,7 @@ from torch import Tensor
 import deqfusion.ops  # noqa: F401  registers the operators
 from deqfusion import validation as check
 from deqfusion.adjoint import Adjoint, Implicit
-from deqfusion.injection import differentiable_once, inject, stack_and_inject
+from deqfusion.injection import applied, differentiable_once, inject, stack_and_inject
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.solvers import Anderson, Solver
 
@@ -269,7 +269,8 @@ def modality_equilibrium(
     """
     _check_modality(x, parameters, cell, adjoint, present)
     _check_solve(solver, init, tolerance, x, x.shape)
-    outputs = _ModalityEquilibrium.apply(
+    outputs = applied(
+        _ModalityEquilibrium,
         x, init, present, packed, tolerance, trace, adjoint.encoded, *parameters, *cell,
         solver.encoded,
     )  # fmt: skip
@@ -318,7 +319,8 @@ def fusion_equilibrium(
     if modality_status is not None:
         shape = tuple(modalities.shape[:2])
         check.tensor("modality_status", modality_status, [shape], injection, torch.int32)
-    outputs = _FusionEquilibrium.apply(
+    outputs = applied(
+        _FusionEquilibrium,
         modalities, injection, modality_status, init, gate_mask, fusion_mask, packed, tolerance,
         trace, adjoint.encoded, *parameters, *cell, solver.encoded,
     )  # fmt: skip
@@ -352,7 +354,8 @@ def joint_equilibrium(
     _check_modality(x, modality_parameters, cell, adjoint, present)
     _check_fusion(x, injection, fusion_parameters, cell, adjoint, gate_mask, fusion_mask)
     _check_solve(solver, init, tolerance, x, (x.shape[0] + 1, *x.shape[1:]))
-    outputs = _JointEquilibrium.apply(
+    outputs = applied(
+        _JointEquilibrium,
         x, injection, init, present, gate_mask, fusion_mask, tolerance, trace,
         adjoint.encoded, *modality_parameters, *fusion_parameters, *cell,
         solver.encoded,

@@ -187,6 +187,18 @@ def test_fullgraph_compile_with_dynamic_batch(setting):
         assert_close(got, gradients(model, model, inputs), 1e-4)
 
 
+@pytest.mark.parametrize("setting", ["default", "joint"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_fullgraph_compile_without_gradients(setting, context):
+    torch._dynamo.reset()
+    model = Model(**tight(**OPERATOR_SETTINGS[setting])).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    inputs = some_inputs(5)
+    with context():
+        torch.testing.assert_close(compiled(inputs), model(inputs), rtol=0, atol=0)
+    assert compiled(inputs).requires_grad
+
+
 def test_compile_with_mask_and_statistics():
     torch._dynamo.reset()
     fusion = DEQFusion(DIM, COUNT)
