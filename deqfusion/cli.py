@@ -26,6 +26,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("deqfusion.tasks", "train, compare and time fusions on handwritten digits"),
     "train": ("deqfusion.tasks", "train a model on a task's data"),
     "evaluate": ("deqfusion.tasks", "evaluate a checkpoint"),
+    "analyze": (
+        "deqfusion.analysis",
+        "compare fusions and look into trained models, each a table and a picture",
+    ),
     "bench": ("deqfusion.bench", "time equilibrium fusion against other implementations"),
     "plot": ("deqfusion.bench", "draw a result of bench again"),
     "autotune": (

@@ -238,6 +238,37 @@ def training_curves(
     return figure
 
 
+def score_panels(panels: Mapping[str, Mapping[str, Sequence[float]]], *, highlight: str) -> Figure:
+    """Draw means with standard errors, and every single value as a dot: a panel per title.
+
+    Args:
+        panels: title -> name -> values, such as a metric of each seed; at least one of each.
+        highlight: the name drawn in the accent colour.
+
+    Raises:
+        ValueError: no panel, or one without names, or a name without a value.
+    """
+    if not panels or not all(names and all(map(len, names.values())) for names in panels.values()):
+        raise ValueError(f"panels: got {dict(panels)}, expected a value for every name")
+    longest = max(map(len, panels.values()))
+    figure, all_axes = _panels(len(panels), 4.4, 0.9 + 0.36 * longest)
+    for axes, (title, names) in zip(all_axes, panels.items(), strict=True):
+        for place, (name, given) in enumerate(names.items()):
+            values = np.asarray(given, dtype=float)
+            error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+            color = BLUE if name == highlight else GREY
+            axes.errorbar(
+                values.mean(), place, xerr=error, fmt="o", color=color, capsize=4, markersize=7
+            )
+            axes.plot(values, np.full(len(values), place + 0.27), ".", color=color, alpha=0.6)
+        axes.set_yticks(range(len(names)), list(names))
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("mean, standard error; dots: single runs", fontsize=8)
+        axes.grid(axis="x", color=_GRID)
+    return figure
+
+
 def save_png(figure: Figure, path: str | Path, dpi: int = 150) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, format="png", dpi=dpi)
@@ -256,6 +287,20 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     _strip(axes)
     return figure, axes
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with panels, three to a row at most."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in every[count:]:
+        axes.set_axis_off()
+    for axes in every[:count]:
+        _strip(axes)
+    return figure, every[:count]
 
 
 def _strip(axes: Axes) -> None:

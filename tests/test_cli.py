@@ -82,7 +82,7 @@ def test_modules_register_the_commands_listed_for_them_and_no_other(module: str)
     assert set(actions[0].choices) == expected
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["analyze"]])
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["analyse"]])
 def test_missing_and_unknown_commands_are_refused(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # to the left. Parts that are not named here (options, checks, results) serve all others.
 LEVELS = (
     ("cli", "doctor", "__main__"),
+    ("analysis",),
     ("tasks", "bench", "tuning"),
     ("engine",),
     ("models",),
