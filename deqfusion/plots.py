@@ -238,12 +238,15 @@ def training_curves(
     return figure
 
 
-def score_panels(panels: Mapping[str, Mapping[str, Sequence[float]]], *, highlight: str) -> Figure:
+def score_panels(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], *, highlight: str, zero: bool = False
+) -> Figure:
     """Draw means with standard errors, and every single value as a dot: a panel per title.
 
     Args:
         panels: title -> name -> values, such as a metric of each seed; at least one of each.
         highlight: the name drawn in the accent colour.
+        zero: mark 0, for values that are differences.
 
     Raises:
         ValueError: no panel, or one without names, or a name without a value.
@@ -263,6 +266,8 @@ def score_panels(panels: Mapping[str, Mapping[str, Sequence[float]]], *, highlig
             axes.plot(values, np.full(len(values), place + 0.27), ".", color=color, alpha=0.6)
         axes.set_yticks(range(len(names)), list(names))
         axes.set_ylim(len(names) - 0.4, -0.6)
+        if zero:
+            axes.axvline(0.0, color="black", lw=1)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("mean, standard error; dots: single runs", fontsize=8)
         axes.grid(axis="x", color=_GRID)

@@ -1,7 +1,8 @@
 """Analyses of trained models: `deqfusion analyze NAME`, each a table and a picture.
 
 settings    what an analysis is asked for; records: what a run gave, kept as soon as it is done
-statistics  paired tests; tables: as text, Markdown and CSV; base: what an analysis is
+statistics  paired tests; comparison: by test metrics; tables: as text, Markdown and CSV
+base        what an analysis is
 report      tables in Markdown, from the records alone
 
 An analysis's module has `ANALYSIS`; one line in `ANALYSES` makes it a command. All of them train by
@@ -20,7 +21,7 @@ from .base import Analysis, add_common_arguments, run_analysis
 __all__ = ["ANALYSES", "get_analysis", "register_commands"]
 
 #: Name of each analysis, which is its module's.
-ANALYSES = ("fusions",)
+ANALYSES = ("fusions", "ablation")
 
 
 def get_analysis(name: str) -> Analysis:

@@ -45,14 +45,15 @@ class Analysis(ABC):
             ValueError: options of the analysis that do not fit the task.
         """
 
-    def recipe(self, setting: Setting, args: argparse.Namespace) -> Recipe:
-        """Return what trains: the task, or the task with more to measure."""
+    def recipe(self, setting: Setting, args: argparse.Namespace, job: Job) -> Recipe:
+        """Return what trains a job: the task, or one that differs from it in more than options."""
         return setting.recipe
 
     def inspect(
         self,
         setting: Setting,
         args: argparse.Namespace,
+        recipe: Recipe,
         config: dict[str, Any],
         run: RunDirectory,
     ) -> Mapping[str, Any]:
@@ -60,6 +61,7 @@ class Analysis(ABC):
 
         Args:
             setting, args: of the analysis.
+            recipe: what trained it.
             config: of the model, with facts and split.
             run: the folder of its finished run.
         """
@@ -71,7 +73,11 @@ class Analysis(ABC):
 
     @abstractmethod
     def picture(self, records: Sequence[Record]) -> Figure:
-        """Draw what records have; at least one run of them succeeded."""
+        """Draw what records have; at least one run of them succeeded.
+
+        Raises:
+            ValueError: what there is, of a part of the runs, cannot be drawn yet.
+        """
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, analysis: Analysis) -> None:
@@ -137,8 +143,8 @@ def run_analysis(args: argparse.Namespace, analysis: Analysis) -> int:
         analysis.name,
         setting,
         jobs,
-        recipe=analysis.recipe(setting, args),
-        inspect=lambda config, run: analysis.inspect(setting, args, config, run),
+        recipe_of=lambda job: analysis.recipe(setting, args, job),
+        inspect=lambda *model: analysis.inspect(setting, args, *model),
     )
     records = read_records(setting.out, analysis.name)
     if missing:
@@ -146,13 +152,19 @@ def run_analysis(args: argparse.Namespace, analysis: Analysis) -> int:
     if not any(record["splits"] for record in records):
         print("no run has succeeded")
         return 1
-    print(write_results(analysis, setting.out, records), end="")
+    print(write_results(analysis, setting.out, records, complete=not missing), end="")
     print(f"results: {setting.out / analysis.name}.txt, .csv, .json, .png")
     return 0
 
 
-def write_results(analysis: Analysis, out: Path, records: Sequence[Record]) -> str:
-    """Write table and picture; return the table as text."""
+def write_results(
+    analysis: Analysis, out: Path, records: Sequence[Record], *, complete: bool = True
+) -> str:
+    """Write table and picture, which may be missing where `records` are not complete.
+
+    Returns:
+        The table as text.
+    """
     from ..plots import save_png
 
     tables = analysis.tables(records)
@@ -170,6 +182,11 @@ def write_results(analysis: Analysis, out: Path, records: Sequence[Record]) -> s
             "records": list(records),
         },
     )
-    figure = analysis.picture(records)
-    write_atomically(stem.with_suffix(".png"), lambda path: save_png(figure, path))
+    try:
+        figure = analysis.picture(records)
+    except ValueError:
+        if complete:
+            raise
+    else:
+        write_atomically(stem.with_suffix(".png"), lambda path: save_png(figure, path))
     return text

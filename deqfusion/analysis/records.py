@@ -15,6 +15,7 @@ import math
 import re
 import reprlib
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ _REQUIRED = {
 }
 
 Record = dict[str, Any]
-#: Looks into a finished model: configuration with facts and its folder -> JSON values.
-Inspect = Callable[[dict[str, Any], RunDirectory], Mapping[str, Any]]
+#: Looks into a finished model: recipe, configuration with facts and its folder -> JSON values.
+Inspect = Callable[[Recipe, dict[str, Any], RunDirectory], Mapping[str, Any]]
 
 
 class RecordError(ValueError):
@@ -59,7 +60,7 @@ def run_jobs(
     setting: Setting,
     jobs: Sequence[Job],
     *,
-    recipe: Recipe | None = None,
+    recipe_of: Callable[[Job], Recipe] | None = None,
     inspect: Inspect | None = None,
 ) -> int:
     """Train every job of this part that has no record yet, and write its record.
@@ -68,7 +69,7 @@ def run_jobs(
         analysis: the analysis's name.
         setting: task, data, options and folder.
         jobs: all of the analysis, of every part; names and seeds are distinct.
-        recipe: trains in place of the setting's; of the same name and options.
+        recipe_of: what trains a job in place of the setting's recipe; of its name and options.
         inspect: what a record has of each split beside metrics, under `more`.
 
     Returns:
@@ -80,7 +81,7 @@ def run_jobs(
         CheckpointError: the folder of an interrupted run is damaged or of other options.
         ValueError: a job's options do not fit together.
     """
-    recipe = setting.recipe if recipe is None else recipe
+    recipe = setting.recipe
     planned = [(job, setting.configs(job)) for job in jobs]
     sha256 = _data_sha256(recipe, setting, planned[0][1][0])
     todo = []
@@ -99,12 +100,11 @@ def run_jobs(
         if (place + setting.seeds.index(job.seed)) % parts == number - 1
     }
     own = [entry for entry in todo if (entry[0].name, entry[0].seed) in share]
-    with tqdm(
-        total=len(own), desc=analysis, unit="run", disable=not setting.progress, dynamic_ncols=True
-    ) as bar:
+    with _bar(analysis, len(own), setting.progress) as bar:
         for job, configs, path in own:
-            bar.set_postfix_str(f"{job.name}, seed {job.seed}")
-            found = _train(recipe, setting, configs, path.with_suffix(".run"), inspect)
+            bar.set_postfix_str(f"{job.name}, seed {job.seed}", refresh=False)
+            trains = recipe if recipe_of is None else recipe_of(job)
+            found = _train(trains, setting, configs, path.with_suffix(".run"), inspect)
             head = {"analysis": analysis, "task": recipe.name, "name": job.name, "seed": job.seed}
             record = {"format": FORMAT, "version": VERSION, **head, "data_sha256": sha256, **found}
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +170,18 @@ def mean_of(record: Record, *keys: str) -> float:
     return float(np.mean(values))
 
 
+def _bar(label: str, total: int, shown: bool) -> Any:
+    return tqdm(
+        desc=label,
+        total=total,
+        unit="run",
+        disable=not shown,
+        dynamic_ncols=True,
+        # A log file needs fewer lines than a terminal.
+        mininterval=0.1 if sys.stderr.isatty() else 60,
+    )
+
+
 def _record_path(analysis: str, setting: Setting, job: Job) -> Path:
     name = re.sub(r"[^A-Za-z0-9.+-]+", "_", job.name)
     return setting.out / analysis / setting.recipe.name / name / f"seed_{job.seed}.json"
@@ -210,7 +222,7 @@ def _train(
     best = min(usable, key=lambda number: sign * candidates[number]["validation"], default=0)
     if inspect is not None and usable:
         for split, run in zip(results[best], _models(place / str(best)), strict=True):
-            split["more"] = dict(inspect(_config_of(run), run))
+            split["more"] = dict(inspect(recipe, _config_of(run), run))
     return {
         "candidates": candidates,
         "chosen": best,

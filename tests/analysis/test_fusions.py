@@ -4,7 +4,8 @@ import csv
 
 import pytest
 
-from deqfusion.analysis.fusions import ANALYSIS, headline
+from deqfusion.analysis.comparison import headline
+from deqfusion.analysis.fusions import ANALYSIS
 
 _TWO = ("--fusions", "deq", "sum", "--seeds", "2")
 
