@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
     "#56B4E9",
     "#777777",
 )
+#: x, y, lower and upper bound of a line with a band, (points,) each.
+Band = tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
 _CYCLE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY)
 _LINES = ("-", "--", "-.", ":")
 _GRID = "#DDDDDD"
@@ -274,6 +277,61 @@ def score_panels(
     return figure
 
 
+def band_panels(
+    panels: Mapping[str, Mapping[str, Band]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
+    columns: int = 3,
+    marks: Mapping[str, float] | None = None,
+) -> Figure:
+    """Draw lines with a band each: a panel per title.
+
+    Args:
+        panels: title -> name of a line -> its points: x, y, and the band's lower and upper bound,
+            (points,) each. A name has one colour in all panels.
+        xlabel, ylabel: of all panels.
+        log: logarithmic values, all > 0.
+        columns: panels beside one another, at most.
+        marks: title -> a value to draw a line at.
+
+    Raises:
+        ValueError: no panel, or one without lines.
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError(f"panels: got {list(panels)}, expected lines in each")
+    figure, all_axes = _panels(len(panels), 3.6, 2.8, columns)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colors = {name: _CYCLE[i % len(_CYCLE)] for i, name in enumerate(names)}
+    dashes = {name: _LINES[i % len(_LINES)] for i, name in enumerate(names)}
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+        for name, (x, y, low, high) in lines.items():
+            axes.plot(x, y, lw=1.8, color=colors[name], linestyle=dashes[name])
+            axes.fill_between(x, low, high, color=colors[name], alpha=0.15, lw=0)
+        if marks is not None and title in marks:
+            axes.axhline(marks[title], color="black", lw=1, linestyle=":")
+        if log:
+            axes.set_yscale("log")
+            # The band of few seeds spans decades without end; the lines are what is looked at.
+            every = np.concatenate([y for _, y, _, _ in lines.values()])
+            axes.set_ylim(np.nanmin(every) / 5, np.nanmax(every) * 5)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(xlabel)
+        axes.grid(color=_GRID)
+    for axes in all_axes[::columns]:
+        axes.set_ylabel(ylabel)
+    handles: list[Line2D] = []
+    for name in names:
+        handles += all_axes[0].plot(
+            [], [], lw=1.8, label=name, color=colors[name], linestyle=dashes[name]
+        )
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=min(len(names), 4), frameon=False
+    )
+    return figure
+
+
 def save_png(figure: Figure, path: str | Path, dpi: int = 150) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, format="png", dpi=dpi)
@@ -294,9 +352,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with panels, three to a row at most."""
-    columns = min(count, 3)
+def _panels(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure with panels, so many to a row at most."""
+    columns = min(count, columns)
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)

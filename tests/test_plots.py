@@ -90,3 +90,33 @@ def test_bad_input():
         plots.modality_weight_bars({"p": np.ones((2, 2))}, ["x", "y", "z"])
     with pytest.raises(ValueError, match="seconds: got an empty group"):
         plots.timing_bars({"forward": {}}, highlight="ours")
+
+
+def test_score_panels_show_means_errors_and_every_value():
+    panels = {"one": {"a": [0.2, 0.4], "b": [0.5]}, "two": {"a": [1.0, 1.2], "b": [0.9, 0.8]}}
+    figure = plots.score_panels(panels, highlight="a", zero=True)
+    assert [axes.get_title() for axes in figure.axes] == ["one", "two"]
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    drawn = np.concatenate([np.asarray(line.get_xdata(), dtype=float) for line in axes.lines])
+    # Mean, both values, and the ends of the standard error 0.1 about 0.3.
+    assert np.isclose(drawn[:, None], [0.3, 0.2, 0.4, 0.5, 0.0]).any(axis=0).all()
+    with pytest.raises(ValueError, match="expected a value for every name"):
+        plots.score_panels({"one": {"a": []}}, highlight="a")
+
+
+def test_band_panels_share_colours_and_one_legend():
+    x = np.arange(3.0)
+    line = (x, x + 1, x, x + 2)
+    figure = plots.band_panels(
+        {"one": {"a": line, "b": line}, "two": {"b": line}},
+        **{"xlabel": "x", "ylabel": "y", "log": True, "marks": {"two": 0.5}},
+    )
+    one, two = figure.axes
+    assert one.get_yscale() == "log"
+    assert one.lines[1].get_color() == two.lines[0].get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    np.testing.assert_array_equal(two.lines[1].get_ydata(), [0.5, 0.5])
+    assert len(one.lines) == 4  # two lines, and the legend's empty ones
+    with pytest.raises(ValueError, match="expected lines in each"):
+        plots.band_panels({"one": {}}, xlabel="x", ylabel="y")

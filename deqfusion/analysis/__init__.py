@@ -21,7 +21,7 @@ from .base import Analysis, add_common_arguments, run_analysis
 __all__ = ["ANALYSES", "get_analysis", "register_commands"]
 
 #: Name of each analysis, which is its module's.
-ANALYSES = ("fusions", "ablation")
+ANALYSES = ("fusions", "ablation", "convergence")
 
 
 def get_analysis(name: str) -> Analysis:

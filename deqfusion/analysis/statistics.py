@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,43 @@ from ..metrics import mean_and_error
 
 def summary(name: str, values: Sequence[float]) -> dict[str, float]:
     """Return mean and standard error as columns `name` and `name_error`."""
+    if not len(values):
+        return {name: np.nan, f"{name}_error": np.nan}
     mean, error = mean_and_error(np.asarray(values, dtype=float))
     return {name: mean, f"{name}_error": error}
+
+
+def band(
+    values: NDArray[np.float64], *, log: bool = False, level: float = 0.95
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean over seeds, and its confidence band by Student's t, point by point.
+
+    Args:
+        values: (seeds, points); NaN, at a point, is left out.
+        log: average logarithms, of values > 0: the band stays above 0.
+        level: of confidence.
+
+    Returns:
+        Mean, lower and upper bound, (points,) each; the band of one seed is its mean.
+    """
+    from scipy.stats import t
+
+    inner = np.log(np.maximum(values, np.finfo(float).tiny)) if log else values
+    counts = (~np.isnan(inner)).sum(axis=0)
+    with warnings.catch_warnings():
+        # A point that no seed has is NaN, which needs no warning.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        mean = np.nanmean(inner, axis=0)
+        deviation = np.nanstd(inner, axis=0, ddof=1) / np.sqrt(counts)
+        half = t.ppf(0.5 + level / 2, np.maximum(counts - 1, 1)) * deviation
+    half = np.where(counts > 1, half, 0.0)
+    low, high = mean - half, mean + half
+    # Of two seeds, a bound of logarithms may be beyond what a float holds.
+    return (_exp(mean), _exp(low), _exp(high)) if log else (mean, low, high)
+
+
+def _exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(np.clip(values, -200.0, 200.0))
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:

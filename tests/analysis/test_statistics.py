@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from deqfusion.analysis.statistics import compare, holm, paired, summary
+from deqfusion.analysis.statistics import band, compare, holm, paired, summary
 
 
 def test_summary_is_mean_and_standard_error():
@@ -57,3 +57,20 @@ def test_compare_takes_the_seeds_that_both_have():
     smaller, larger = sorted(found[name]["p_t"] for name in ("other", "third"))
     corrected = sorted(found[name]["p_holm"] for name in ("other", "third"))
     assert corrected == pytest.approx([min(1.0, 2 * smaller), max(2 * smaller, larger)])
+
+
+def test_band_is_students_and_leaves_nan_out():
+    values = np.array([[1.0, 4.0, math.nan], [2.0, math.nan, math.nan], [6.0, 8.0, 5.0]])
+    mean, low, high = band(values)
+    np.testing.assert_allclose(mean, [3.0, 6.0, 5.0])
+    half = stats.t.ppf(0.975, 2) * math.sqrt(7.0 / 3.0)
+    assert high[0] == pytest.approx(3.0 + half)
+    assert low[1] == pytest.approx(6.0 - stats.t.ppf(0.975, 1) * 2.0)
+    assert low[2] == high[2] == 5.0
+    assert np.isnan(band(np.full((2, 1), math.nan))[0]).all()
+
+
+def test_band_of_logarithms_stays_above_zero():
+    mean, low, high = band(np.array([[1e-6], [1.0]]), log=True)
+    np.testing.assert_allclose(mean, 1e-3)
+    assert 0 < low[0] < mean[0] < high[0]
