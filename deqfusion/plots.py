@@ -311,11 +311,14 @@ def band_panels(
             axes.fill_between(x, low, high, color=colors[name], alpha=0.15, lw=0)
         if marks is not None and title in marks:
             axes.axhline(marks[title], color="black", lw=1, linestyle=":")
+        # The band of few seeds is wide without end; the lines are what is looked at.
+        every = np.concatenate([y for _, y, _, _ in lines.values()])
+        least, most = np.nanmin(every), np.nanmax(every)
         if log:
             axes.set_yscale("log")
-            # The band of few seeds spans decades without end; the lines are what is looked at.
-            every = np.concatenate([y for _, y, _, _ in lines.values()])
-            axes.set_ylim(np.nanmin(every) / 5, np.nanmax(every) * 5)
+            axes.set_ylim(least / 5, most * 5)
+        elif most > least:
+            axes.set_ylim(least - 0.4 * (most - least), most + 0.4 * (most - least))
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(xlabel)
         axes.grid(color=_GRID)
@@ -329,6 +332,51 @@ def band_panels(
     figure.legend(
         handles=handles, loc="outside upper center", ncols=min(len(names), 4), frameon=False
     )
+    return figure
+
+
+def importance_panels(
+    tasks: Mapping[
+        tuple[str, str],
+        tuple[Sequence[str], Mapping[str, Sequence[float]], Mapping[str, Band], Mapping[str, Band]],
+    ],
+) -> Figure:
+    """Draw weights against solo performance, and the response to noise: a row of panels per task.
+
+    Args:
+        tasks: (task, metric) -> names of levels of noise; of each modality its metric alone, that
+            one's standard error, its weight, and that one's; by level of noise in a modality the
+            metric, and that modality's weight, with x from 0.
+
+    Raises:
+        ValueError: no task.
+    """
+    if not tasks:
+        raise ValueError("tasks: got none, expected at least one")
+    figure, all_axes = _panels(3 * len(tasks), 4.0, 3.2)
+    rows = zip(all_axes[::3], all_axes[1::3], all_axes[2::3], strict=True)
+    for (alone, response, weight), ((task, metric), parts) in zip(rows, tasks.items(), strict=True):
+        levels, points, *lines = parts
+        for place, (name, (x, x_error, y, y_error)) in enumerate(points.items()):
+            color = _CYCLE[place % len(_CYCLE)]
+            errors = [0.0 if np.isnan(error) else error for error in (x_error, y_error)]
+            alone.errorbar(
+                x, y, xerr=errors[0], yerr=errors[1], fmt="o", color=color, capsize=3, label=name
+            )
+        alone.set(title=f"{task}: weights", xlabel=f"{metric}, alone", ylabel="weight of all")
+        alone.legend(frameon=False, fontsize=8, title="modality", title_fontsize=8)
+        for axes, label, bands in zip(
+            (response, weight), (metric, "its weight"), lines, strict=True
+        ):
+            for place, (x_values, mean, low, high) in enumerate(bands.values()):
+                color = _CYCLE[place % len(_CYCLE)]
+                style = _LINES[place % len(_LINES)]
+                axes.plot(x_values, mean, color=color, linestyle=style, marker="o", markersize=4)
+                axes.fill_between(x_values, low, high, color=color, alpha=0.12, lw=0)
+            axes.set_xticks(range(len(levels)), list(levels))
+            axes.set(xlabel="noise in the modality, standard deviations", ylabel=label)
+        for axes in (alone, response, weight):
+            axes.grid(color=_GRID)
     return figure
 
 

@@ -21,7 +21,7 @@ from .base import Analysis, add_common_arguments, run_analysis
 __all__ = ["ANALYSES", "get_analysis", "register_commands"]
 
 #: Name of each analysis, which is its module's.
-ANALYSES = ("fusions", "ablation", "convergence")
+ANALYSES = ("fusions", "ablation", "convergence", "importance", "cost", "stability")
 
 
 def get_analysis(name: str) -> Analysis:

@@ -37,6 +37,10 @@ class Analysis(ABC):
         """Add the analysis's own options."""
         return None
 
+    def arguments(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Return what a record depends on beside names, seeds and options: JSON values."""
+        return {}
+
     @abstractmethod
     def jobs(self, setting: Setting, args: argparse.Namespace) -> list[Job]:
         """Return the runs that the analysis is made of, the first seed's first.
@@ -143,6 +147,7 @@ def run_analysis(args: argparse.Namespace, analysis: Analysis) -> int:
         analysis.name,
         setting,
         jobs,
+        arguments=analysis.arguments(args),
         recipe_of=lambda job: analysis.recipe(setting, args, job),
         inspect=lambda *model: analysis.inspect(setting, args, *model),
     )

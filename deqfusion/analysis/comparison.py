@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from .records import Record, mean_of, succeeded
@@ -45,15 +45,23 @@ def headline(records: Sequence[Record]) -> str:
 def shown_metrics(records: Sequence[Record]) -> list[str]:
     """The test metrics of a task that a table shows, the one that is compared first."""
     record = succeeded(records)[0]
-    test = record["splits"][0]["test"]
-    known = [name for name in _SHOWN if name in test]
-    return known[:_MOST_SHOWN] or [record["selection"][0]]
+    return first_shown(record["splits"][0]["test"], record["selection"][0])
+
+
+def first_shown(metrics: Collection[str], selection: str) -> list[str]:
+    """Those of a task's metrics that a table shows; where none is known, that which selects."""
+    return [name for name in _SHOWN if name in metrics][:_MOST_SHOWN] or [selection]
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether a metric is an error."""
+    return metric in _LESS_IS_BETTER
 
 
 def readable(metric: str) -> str:
     """A metric's name for a heading: which way is better is said of those that are errors."""
     text = metric.replace("_", " ")
-    return f"{text} (less is better)" if metric in _LESS_IS_BETTER else text
+    return f"{text} (less is better)" if less_is_better(metric) else text
 
 
 def metric_rows(

@@ -29,7 +29,7 @@ from ..module import DEQFusion
 from ..solvers import Anderson, Solver
 from .base import Analysis
 from .comparison import by_task, in_order
-from .models import Solved, batches, held_out, modality_names, solved, trained
+from .models import Solved, batches, held_out, modality_names, short, solved, trained
 from .records import Record, succeeded
 from .settings import Job, Setting
 from .statistics import band, summary
@@ -68,6 +68,9 @@ class Convergence(Analysis):
             help="steps that the weight-tied model is trained through (default 10)",
         )
 
+    def arguments(self, args: argparse.Namespace) -> dict[str, Any]:
+        return {"steps": args.steps}
+
     def jobs(self, setting: Setting, args: argparse.Namespace) -> list[Job]:
         if "fusion" in setting.options:
             raise ValueError(f"fusion: got {setting.options['fusion']!r}, expected none (--tied)")
@@ -100,28 +103,25 @@ class Convergence(Analysis):
         }
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
-        return [
-            Table(
-                f"{task}: relative difference norm of {held} held-out rows",
-                _rows(task, of_task),
-                {
-                    "name": ("solved by", ""),
-                    "block": ("block", ""),
-                    "seeds": ("seeds", ""),
-                    "reached": (f"steps to {_MARK:g}", ".1f"),
-                    "reaching": ("seeds that reach it", ".0%"),
-                    "relative": (f"at step {_STEP}", ".2g"),
-                    "below": (f"rows below {_MARK:g} there", ".1%"),
-                    "last": ("at the last step", ".2g"),
-                },
-                [
-                    "Mean ± standard error over seeds (and splits); steps of the seeds that reach "
-                    "it. The steps of the fusion begin when the modalities have ended, for deq."
-                ],
-            )
-            for task, of_task in by_task(records).items()
-            for held in [_held(of_task)]
+        shown = {
+            "name": ("solved by", ""),
+            "block": ("block", ""),
+            "models": ("models", ""),
+            "reached": (f"steps to {_MARK:g}", ".1f"),
+            "reaching": ("models that reach it", ".0%"),
+            "relative": (f"at step {_STEP}", ".2g"),
+            "below": (f"rows below {_MARK:g} there", ".1%"),
+            "last": ("at the last step", ".2g"),
+        }
+        notes = [
+            "Mean ± standard error over models, of each seed and split; steps of those that reach "
+            "it. In deq, the fusion's steps begin when the modalities have ended."
         ]
+        tables = []
+        for task, of_task in by_task(records).items():
+            title = f"{task}: relative difference norm of {_held(of_task)} held-out rows"
+            tables.append(Table(title, _rows(task, of_task), shown, notes))
+        return tables
 
     def picture(self, records: Sequence[Record]) -> Figure:
         from ..plots import band_panels
@@ -199,9 +199,9 @@ def _blocks(traces: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
         change, whole = (np.sqrt((values**2).mean(axis=0)) for values in (a, s))
         blocks.append(
             {
-                "absolute": _short(change),
-                "relative": _short(change / whole),
-                "below": _short((r < _MARK).mean(axis=0)),
+                "absolute": short(change),
+                "relative": short(change / whole),
+                "below": short((r < _MARK).mean(axis=0)),
                 "rows": len(r),
             }
         )
@@ -214,10 +214,6 @@ def _carried(values: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
     last = np.maximum.accumulate(np.where(known, np.arange(values.shape[-1]), 0), axis=-1)
     filled = np.take_along_axis(values, last, axis=-1)
     return np.pad(filled, ((0, 0), (0, 0), (0, steps - filled.shape[-1])), mode="edge")
-
-
-def _short(values: NDArray[np.float64]) -> list[float]:
-    return [float(f"{value:.5g}") for value in values]
 
 
 def _curves(records: Sequence[Record]) -> list[tuple[str, dict[str, Any]]]:
@@ -243,7 +239,7 @@ def _rows(task: str, records: Sequence[Record]) -> list[dict[str, Any]]:
         for block in own[0]:
             relative = [np.array(blocks[block]["relative"]) for blocks in own]
             under = [np.flatnonzero(values < _MARK) for values in relative]
-            row: dict[str, Any] = {"task": task, "name": name, "block": block, "seeds": len(own)}
+            row: dict[str, Any] = {"task": task, "name": name, "block": block, "models": len(own)}
             row |= summary("reached", [1.0 + found[0] for found in under if len(found)])
             row["reaching"] = float(np.mean([len(found) > 0 for found in under]))
             row |= summary("relative", [values[_STEP - 1] for values in relative])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,8 +11,8 @@ from ..engine import Config, Recipe
 from ..module import DEQFusion
 
 
-def extended(recipe: Recipe, extension: type[Recipe]) -> Recipe:
-    """Return a recipe whose methods are the extension's, with the recipe's as `super()`."""
+def extended(recipe: Recipe, extension: type[Any]) -> Recipe:
+    """Return a recipe whose methods are first the extension's, a `Recipe`, then the recipe's."""
     kind = type(extension.__name__, (extension, type(recipe)), {})
     return cast(Recipe, kind())
 

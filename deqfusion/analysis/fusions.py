@@ -40,7 +40,7 @@ FUSIONS = (
     "weight_tied:1",
     "weight_tied:10",
 )
-_BASE = "deq"
+BASE = "deq"
 
 
 class Fusions(Analysis):
@@ -50,26 +50,15 @@ class Fusions(Analysis):
     help = "train every fusion on a task, and compare test metrics and training time"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        kind = ENGINE_FIELDS["fusion"].kind
-        parser.add_argument(
-            "--fusions",
-            nargs="+",
-            type=kind,
-            default=list(FUSIONS),
-            metavar="FUSION",
-            help=f"default {' '.join(FUSIONS)}",
-        )
+        add_fusions(parser)
 
     def jobs(self, setting: Setting, args: argparse.Namespace) -> list[Job]:
-        if "fusion" in setting.options:
-            raise ValueError(f"fusion: got {setting.options['fusion']!r}, expected --fusions")
-        names = dict.fromkeys(args.fusions)
-        return [Job(name, seed, {"fusion": name}) for seed in setting.seeds for name in names]
+        return fusion_jobs(setting, args)
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         tables = []
         for task, of_task in by_task(in_order(records, FUSIONS)).items():
-            rows, shown = metric_rows(task, of_task, _BASE)
+            rows, shown = metric_rows(task, of_task, BASE)
             shown |= {"training_seconds": ("training, s", ".1f"), "steps": ("steps", ".1f")}
             columns = {"name": ("fusion", ""), **shown}
             tables.append(Table(task, rows, columns, comparison_notes(of_task)))
@@ -84,7 +73,27 @@ class Fusions(Analysis):
             values = by_name(of_task, "test", metric)
             title = f"{task}: test {readable(metric)}"
             panels[title] = {name: list(found.values()) for name, found in values.items()}
-        return score_panels(panels, highlight=_BASE)
+        return score_panels(panels, highlight=BASE)
 
 
 ANALYSIS = Fusions()
+
+
+def add_fusions(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says which fusions."""
+    parser.add_argument(
+        "--fusions",
+        nargs="+",
+        type=ENGINE_FIELDS["fusion"].kind,
+        default=list(FUSIONS),
+        metavar="FUSION",
+        help=f"default {' '.join(FUSIONS)}",
+    )
+
+
+def fusion_jobs(setting: Setting, args: argparse.Namespace) -> list[Job]:
+    """Return a job for every seed and fusion."""
+    if "fusion" in setting.options:
+        raise ValueError(f"fusion: got {setting.options['fusion']!r}, expected --fusions")
+    names = dict.fromkeys(args.fusions)
+    return [Job(name, seed, {"fusion": name}) for seed in setting.seeds for name in names]

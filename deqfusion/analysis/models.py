@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..engine import Config, Recipe, RunDirectory, Samples, Splits, read_model
@@ -28,6 +31,12 @@ def trained(
     """Return the model of a finished run, in evaluation mode, and the splits that it was for."""
     splits, _ = recipe.load(setting.data, config)
     return read_model(recipe, run, config).eval(), splits
+
+
+def load_first(setting: Setting, config: Config) -> tuple[Splits, dict[str, Any]]:
+    """Read a task's data, of several splits the first."""
+    split = {"split": 0} if setting.recipe.repeats(config) else {}
+    return setting.recipe.load(setting.data, {**config, **split})
 
 
 def held_out(splits: Splits) -> Samples:
@@ -62,3 +71,8 @@ def modality_names(config: Config, count: int) -> list[str]:
     if isinstance(names, list) and len(names) == count:
         return [str(name) for name in names]
     return [str(number) for number in range(count)]
+
+
+def short(values: NDArray[np.float64]) -> list[float | None]:
+    """Numbers with five digits, which is plenty for a curve; None for NaN, which is no JSON."""
+    return [None if math.isnan(value) else float(f"{value:.5g}") for value in values]

@@ -29,6 +29,7 @@ from deqfusion.bench import environment
 from ..engine import Recipe, RunDirectory, TrainingDivergedError, train
 from ..engine.config import fields_of
 from ..engine.runs import write_json
+from .models import load_first
 from .settings import Job, Setting
 
 FORMAT = "deqfusion-analysis"
@@ -41,6 +42,7 @@ _REQUIRED = {
     "candidates": list,
     "chosen": int,
     "data_sha256": str,
+    "arguments": dict,
     "selection": list,
     "environment": dict,
     "splits": list,
@@ -60,6 +62,7 @@ def run_jobs(
     setting: Setting,
     jobs: Sequence[Job],
     *,
+    arguments: Mapping[str, Any] | None = None,
     recipe_of: Callable[[Job], Recipe] | None = None,
     inspect: Inspect | None = None,
 ) -> int:
@@ -69,6 +72,7 @@ def run_jobs(
         analysis: the analysis's name.
         setting: task, data, options and folder.
         jobs: all of the analysis, of every part; names and seeds are distinct.
+        arguments: of the analysis, that a record depends on.
         recipe_of: what trains a job in place of the setting's recipe; of its name and options.
         inspect: what a record has of each split beside metrics, under `more`.
 
@@ -83,12 +87,15 @@ def run_jobs(
     """
     recipe = setting.recipe
     planned = [(job, setting.configs(job)) for job in jobs]
-    sha256 = _data_sha256(recipe, setting, planned[0][1][0])
+    _, facts = load_first(setting, planned[0][1][0])
+    sha256 = str(facts["data_sha256"])
     todo = []
     for job, configs in planned:
         path = _record_path(analysis, setting, job)
         if path.exists():
-            _check_same(path, read_record(path), recipe, configs, sha256)
+            record = read_record(path)
+            _check_same(path, record, recipe, configs, sha256)
+            _check_arguments(path, record["arguments"], arguments or {})
         else:
             todo.append((job, configs, path))
     number, parts = setting.part
@@ -106,7 +113,14 @@ def run_jobs(
             trains = recipe if recipe_of is None else recipe_of(job)
             found = _train(trains, setting, configs, path.with_suffix(".run"), inspect)
             head = {"analysis": analysis, "task": recipe.name, "name": job.name, "seed": job.seed}
-            record = {"format": FORMAT, "version": VERSION, **head, "data_sha256": sha256, **found}
+            record = {
+                "format": FORMAT,
+                "version": VERSION,
+                **head,
+                "data_sha256": sha256,
+                "arguments": dict(arguments or {}),
+                **found,
+            }
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, record)
             shutil.rmtree(path.with_suffix(".run"), ignore_errors=True)
@@ -185,12 +199,6 @@ def _bar(label: str, total: int, shown: bool) -> Any:
 def _record_path(analysis: str, setting: Setting, job: Job) -> Path:
     name = re.sub(r"[^A-Za-z0-9.+-]+", "_", job.name)
     return setting.out / analysis / setting.recipe.name / name / f"seed_{job.seed}.json"
-
-
-def _data_sha256(recipe: Recipe, setting: Setting, config: Mapping[str, Any]) -> str:
-    split = {"split": 0} if recipe.repeats(config) else {}
-    _, facts = recipe.load(setting.data, {**config, **split})
-    return str(facts["data_sha256"])
 
 
 def _train(
@@ -290,3 +298,12 @@ def _check_same(
                     f"{path}: the run has {key} = {old.get(key)!r}, expected {new.get(key)!r} as "
                     "asked for (or another --out folder)"
                 )
+
+
+def _check_arguments(path: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    for key in sorted(stored.keys() | asked.keys()):
+        if stored.get(key) != asked.get(key):
+            raise RecordError(
+                f"{path}: is of --{key} {stored.get(key)!r}, expected {asked.get(key)!r} as asked "
+                "for (or another --out folder)"
+            )
