@@ -108,11 +108,12 @@ assert not [name for name in heavy if name in set(sys.modules) - loaded]
     assert run_python(program) == ""
 
 
-def test_parsing_the_training_commands_imports_nothing_heavy() -> None:
-    program = """
+@pytest.mark.parametrize("command", ["train", "analyze"])
+def test_parsing_the_training_commands_imports_nothing_heavy(command: str) -> None:
+    program = f"""
 import sys
 from deqfusion.cli import build_parser
-build_parser("train")
+build_parser({command!r})
 heavy = ("torch.distributed.fsdp", "torch.distributed.tensor", "matplotlib", "scipy", "sklearn")
 print([name for name in heavy if name in sys.modules])
 """

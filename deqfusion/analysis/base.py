@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from ..engine import Recipe, RunDirectory
+from ..engine.distributed import device_of
 from ..engine.kinds import WholeNumber
 from ..engine.runs import write_atomically, write_json
 from ..ops import checked_implementation
@@ -140,8 +139,8 @@ def run_analysis(args: argparse.Namespace, analysis: Analysis) -> int:
         ValueError: options that are unknown or do not fit together, or a `DEQFUSION_BACKEND` that
             cannot run.
     """
-    checked_implementation(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     setting = setting_of(args)
+    checked_implementation(device_of({"device": "auto", **setting.options}))
     jobs = analysis.jobs(setting, args)
     missing = run_jobs(
         analysis.name,

@@ -14,7 +14,7 @@ from ..engine.config import fields_of, read_toml
 from ..tasks import get_recipe
 
 # What every run of an analysis gets from the analysis itself.
-_OWN = ("seed", "device", "strategy")
+_OWN = ("seed", "strategy")
 
 
 class Part(NamedTuple):
