@@ -93,14 +93,16 @@ def test_bad_input():
 
 
 def test_score_panels_show_means_errors_and_every_value():
-    panels = {"one": {"a": [0.2, 0.4], "b": [0.5]}, "two": {"a": [1.0, 1.2], "b": [0.9, 0.8]}}
+    panels = {"one": {"a": [0.2, 0.4, 0.6], "b": [0.5]}, "two": {"a": [1.0, 1.2], "b": [0.9, 0.8]}}
     figure = plots.score_panels(panels, highlight="a", zero=True)
     assert [axes.get_title() for axes in figure.axes] == ["one", "two"]
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
     drawn = np.concatenate([np.asarray(line.get_xdata(), dtype=float) for line in axes.lines])
-    # Mean, both values, and the ends of the standard error 0.1 about 0.3.
-    assert np.isclose(drawn[:, None], [0.3, 0.2, 0.4, 0.5, 0.0]).any(axis=0).all()
+    # Values, the mean 0.4 and its standard error to either side, and 0.
+    error = 0.2 / np.sqrt(3)
+    shown = [0.2, 0.4, 0.6, 0.5, 0.4 - error, 0.4 + error, 0.0]
+    assert np.isclose(drawn[:, None], shown).any(axis=0).all()
     with pytest.raises(ValueError, match="expected a value for every name"):
         plots.score_panels({"one": {"a": []}}, highlight="a")
 

@@ -42,7 +42,6 @@ _REQUIRED = {
     "candidates": list,
     "chosen": int,
     "data_sha256": str,
-    "arguments": dict,
     "selection": list,
     "environment": dict,
     "splits": list,
@@ -95,7 +94,7 @@ def run_jobs(
         if path.exists():
             record = read_record(path)
             _check_same(path, record, recipe, configs, sha256)
-            _check_arguments(path, record["arguments"], arguments or {})
+            _check_arguments(path, record.get("arguments", {}), arguments or {})
         else:
             todo.append((job, configs, path))
     number, parts = setting.part

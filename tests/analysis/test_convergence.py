@@ -64,6 +64,9 @@ def test_command_traces_every_block_of_both(analyze, tmp_path, results):
     records = results(tmp_path, "convergence")["records"]
     curve = records[0]["splits"][0]["more"]["curves"]["deq"]["fusion"]
     assert len(curve["relative"]) == len(curve["below"]) == 20
+    # Plain steps take all blocks along, from the start; the solver takes them one after the other.
+    plain = records[0]["splits"][0]["more"]["curves"]["deq, plain steps"]["fusion"]
+    assert plain["relative"] != curve["relative"]
     (row,) = [r for r in table["rows"] if (r["name"], r["block"]) == ("deq", "fusion")]
     last = [
         r["splits"][0]["more"]["curves"]["deq"]["fusion"]["relative"][-1]

@@ -69,6 +69,14 @@ def test_noise_is_in_one_modality_and_of_its_scale(model):
     assert torch.equal(again["scores"], labels)
 
 
+def test_scales_are_the_training_rows_deviations():
+    splits, _ = RECIPE.load(None, {})
+    first, second = importance._scales(splits.train)
+    inputs, _ = splits.train.data
+    torch.testing.assert_close(first, inputs[0].std(0, correction=0))
+    torch.testing.assert_close(second, inputs[1].std(0, correction=0))
+
+
 def test_a_missing_modality_is_masked_and_only_for_the_while(model):
     net, batch = model
     whole = solved(RECIPE, net, batch)
