@@ -131,7 +131,7 @@ def run_analysis(args: argparse.Namespace, analysis: Analysis) -> int:
     """Train what has no record yet, then write table and picture of all records in `--out`.
 
     Returns:
-        0, or 1 where no run of any part has succeeded.
+        0, or 1 where no run of the task has succeeded.
 
     Raises:
         DataError: the data folder is not what it should be.
@@ -153,8 +153,12 @@ def run_analysis(args: argparse.Namespace, analysis: Analysis) -> int:
     records = read_records(setting.out, analysis.name)
     if missing:
         print(f"{missing} of {len(jobs)} runs are not done yet: the table is of the others")
-    if not any(record["splits"] for record in records):
-        print("no run has succeeded")
+    own = [record for record in records if record["task"] == setting.recipe.name]
+    diverged = sum(not record["splits"] for record in own)
+    if diverged:
+        print(f"{diverged} runs of {setting.recipe.name} diverged")
+    if diverged == len(own):
+        print(f"no run of {setting.recipe.name} has succeeded")
         return 1
     print(write_results(analysis, setting.out, records, complete=not missing), end="")
     print(f"results: {setting.out / analysis.name}.txt, .csv, .json, .png")

@@ -1,6 +1,8 @@
 """`deqfusion analyze fusions`: the comparison of fusions as a command."""
 
 import csv
+import json
+import shutil
 
 import pytest
 
@@ -62,6 +64,22 @@ def test_a_fusion_without_a_successful_run_is_counted(of_two, results):
     row = next(row for row in table.rows if row["name"] == "sum")
     assert (row["seeds"], row["failed"]) == (1, 1)
     assert any("1 runs diverged" in note for note in table.notes)
+
+
+def test_where_every_run_diverges_there_is_no_table(of_two, analyze, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(of_two / "fusions" / "rosmap", out / "fusions" / "brca")
+    for path in out.rglob("*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "task": "brca"}))
+    # The other task's runs do not make up for it.
+    assert analyze("fusions", out, *_TWO, "--set", "learning_rate=1e30") == 1
+    printed = capsys.readouterr().out
+    assert "4 runs of rosmap diverged" in printed
+    assert "no run of rosmap has succeeded" in printed
+    assert not (out / "fusions.txt").exists()
+    record = json.loads(next((out / "fusions" / "rosmap").rglob("*.json")).read_text())
+    assert "expected a finite number" in record["candidates"][0]["failed"]
 
 
 def test_the_compared_metric_of_every_kind_of_task():
