@@ -96,10 +96,11 @@ class Convergence(Analysis):
         if config["fusion"] == "deq":
             curves[_PLAIN] = _tied(args.steps)
         return {
+            "blocks": names,
             "curves": {
                 name: dict(zip(names, _blocks([_trace(part, how) for part in found]), strict=True))
                 for name, how in curves.items()
-            }
+            },
         }
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
@@ -120,7 +121,7 @@ class Convergence(Analysis):
         tables = []
         for task, of_task in by_task(records).items():
             title = f"{task}: relative difference norm of {_held(of_task)} held-out rows"
-            tables.append(Table(title, _rows(task, of_task), shown, notes))
+            tables.append(Table(title, _rows(task, of_task), shown, [*notes, _penalty(of_task)]))
         return tables
 
     def picture(self, records: Sequence[Record]) -> Figure:
@@ -217,9 +218,9 @@ def _carried(values: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
 
 
 def _curves(records: Sequence[Record]) -> list[tuple[str, dict[str, Any]]]:
-    """Name and blocks, fusion last, of every curve of every seed and split."""
+    """Name and blocks, in their order, of every curve of every seed and split."""
     return [
-        (name, dict(sorted(blocks.items(), key=lambda block: (block[0] == _FUSION, block[0]))))
+        (name, {block: blocks[block] for block in split["more"]["blocks"]})
         for record in in_order(succeeded(records), ("deq",))
         for split in record["splits"]
         for name, blocks in split["more"]["curves"].items()
@@ -229,6 +230,13 @@ def _curves(records: Sequence[Record]) -> list[tuple[str, dict[str, Any]]]:
 def _held(records: Sequence[Record]) -> int:
     _, blocks = _curves(records)[0]
     return int(blocks[_FUSION]["rows"])
+
+
+def _penalty(records: Sequence[Record]) -> str:
+    """Say the penalty: a large one makes any map contract."""
+    options = [r["candidates"][r["chosen"]]["options"] for r in succeeded(records)]
+    weights = sorted({o["jacobian_weight"] for o in options if o["fusion"] == "deq"})
+    return f"Jacobian penalty of deq: {', '.join(f'{weight:g}' for weight in weights) or 'none'}."
 
 
 def _rows(task: str, records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -61,6 +61,7 @@ def test_command_traces_every_block_of_both(analyze, tmp_path, results):
     blocks = ("modality 1", "modality 2", "fusion")
     names = ("deq", "deq, plain steps", "weight_tied:3")
     assert found == [(name, block) for name in names for block in blocks]
+    assert "Jacobian penalty of deq: 100." in (tmp_path / "convergence.txt").read_text()
     records = results(tmp_path, "convergence")["records"]
     curve = records[0]["splits"][0]["more"]["curves"]["deq"]["fusion"]
     assert len(curve["relative"]) == len(curve["below"]) == 20
