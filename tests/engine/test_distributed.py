@@ -144,7 +144,7 @@ class Slow:
         for _ in range(300):
             time.sleep(0.01)
 
-def train_loaded(recipe, loaded, run, process, progress):
+def train_loaded(recipe, loaded, model, run, process, progress):
     global held
     held = dist.group.WORLD  # As caches of DTensor do.
     dist.barrier()
