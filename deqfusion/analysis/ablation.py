@@ -27,6 +27,7 @@ from .comparison import (
     in_order,
     metric_rows,
     readable,
+    verdict,
 )
 from .extended import WithoutGate, WithoutProjection, extended
 from .records import Record
@@ -125,7 +126,8 @@ class Ablation(Analysis):
             shown |= {"steps": ("steps", ".1f"), "converged": ("converged", ".1%")}
             shown |= {"training_seconds": ("training, s", ".1f")}
             columns = {"name": ("variant", ""), **shown}
-            tables.append(Table(task, rows, columns, comparison_notes(of_task)))
+            notes = verdict(rows, _BASE) + comparison_notes(task, of_task, _BASE)
+            tables.append(Table(task, rows, columns, notes))
         return tables
 
     def picture(self, records: Sequence[Record]) -> Figure:

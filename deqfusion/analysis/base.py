@@ -74,6 +74,10 @@ class Analysis(ABC):
     def tables(self, records: Sequence[Record]) -> list[Table]:
         """Say what records have, of one task or several; some seeds may be missing."""
 
+    def summary(self, tables: Sequence[Table]) -> str:
+        """Say what several tables have in common, in a paragraph; empty where there is nothing."""
+        return ""
+
     @abstractmethod
     def picture(self, records: Sequence[Record]) -> Figure:
         """Draw what records have; at least one run of them succeeded.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..engine.config import complete
+from ..tasks import get_recipe
 from .records import Record, mean_of, succeeded
 from .statistics import compare, summary
 
@@ -15,6 +18,10 @@ _SHOWN = (
 )
 _MOST_SHOWN = 3
 _LESS_IS_BETTER = ("mae", "loss")
+# A difference is called one where Holm's p is below this.
+_LEVEL = 0.05
+# What an analysis sets by itself.
+_NOT_ASKED = ("fusion", "seed")
 
 
 def by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -100,15 +107,135 @@ def metric_rows(
     return rows, shown
 
 
-def comparison_notes(records: Sequence[Record]) -> list[str]:
-    """What figures of a table of test metrics are, as sentences."""
+def verdict(rows: Sequence[Mapping[str, Any]], base: str) -> list[str]:
+    """Say, from rows of `metric_rows`, what is best, and what differs from the base.
+
+    Returns:
+        Sentences; none where the base, or everything else, is missing.
+    """
+    metric = rows[0]["compared"]
+    place = next((row for row in rows if row["name"] == base), None)
+    if place is None or len(rows) < 2:
+        return []
+    sign = -1.0 if less_is_better(metric) else 1.0
+    name, heading = metric.replace("_", " "), f"{base}'s mean {metric.replace('_', ' ')}"
+    best = max(rows, key=lambda row: sign * row[metric])
+    if best[metric] == place[metric]:
+        sentences = [f"{heading}, {place[metric]:.3f}, is the best."]
+    else:
+        sentences = [
+            f"{heading}, {place[metric]:.3f}, is not the best: that of {best['name']} is "
+            f"{best[metric]:.3f}{_with_p(best)}."
+        ]
+    for way, word in ((1.0, "worse"), (-1.0, "better")):
+        names = [
+            row["name"] for row in rows if _differs(row) and way * sign * row["difference"] < 0
+        ]
+        if names:
+            sentences.append(
+                f"By p (Holm) below {_LEVEL:g}, {word} {name} than {base}: {', '.join(names)}."
+            )
+    if not any(map(_differs, rows)):
+        sentences.append(f"No difference from {base} has a p (Holm) below {_LEVEL:g}.")
+    return sentences
+
+
+def _with_p(row: Mapping[str, Any]) -> str:
+    p = row.get("p_holm", math.nan)
+    return "" if math.isnan(p) else f" (p (Holm) {p:.2g})"
+
+
+def _differs(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("p_holm", math.nan) < _LEVEL)
+
+
+def over_tasks(rows_of: Mapping[str, Sequence[Mapping[str, Any]]], base: str) -> str:
+    """Say on which tasks a name is best, or differs from others, and the names' mean ranks.
+
+    Args:
+        rows_of: task -> its rows of `metric_rows`.
+        base: the name that the others are compared with.
+
+    Returns:
+        A paragraph; empty for fewer than two tasks that have the base and another name.
+    """
+    ranks: dict[str, list[int]] = {}
+    best, better, worse = [], [], []
+    tasks = {
+        task: rows
+        for task, rows in rows_of.items()
+        if len(rows) > 1 and base in [row["name"] for row in rows]
+    }
+    if len(tasks) < 2:
+        return ""
+    for task, rows in tasks.items():
+        metric = rows[0]["compared"]
+        sign = -1.0 if less_is_better(metric) else 1.0
+        scores = {row["name"]: sign * row[metric] for row in rows}
+        for name, score in scores.items():
+            ranks.setdefault(name, []).append(1 + sum(s > score for s in scores.values()))
+        if ranks[base][-1] == 1:
+            best.append(task)
+        differences = [sign * row["difference"] for row in rows if _differs(row)]
+        if any(d < 0 for d in differences):
+            better.append(task)
+        if any(d > 0 for d in differences):
+            worse.append(task)
+    everywhere = {name: sum(of) / len(of) for name, of in ranks.items() if len(of) == len(tasks)}
+    listed = ", ".join(
+        f"{name} {rank:.1f}" for name, rank in sorted(everywhere.items(), key=lambda pair: pair[1])
+    )
+    return (
+        f"{base} has the best mean on {_listed(best)} of {len(tasks)} tasks. By p (Holm) below "
+        f"{_LEVEL:g} it is better than some other on {_listed(better)}, and worse than some other "
+        f"on {_listed(worse)}. Mean rank over the tasks, 1 the best: {listed}."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names)})" if names else "none"
+
+
+def asked_options(task: str, records: Sequence[Record], base: str) -> dict[str, Any]:
+    """Options of a task's runs that are not its defaults, of those that all runs have alike.
+
+    Args:
+        task: of all records.
+        records: of one task.
+        base: whose records are looked at, where there are any: others may lack an option.
+    """
+    own = [record for record in records if record["name"] == base] or records
+    configs = [candidate["options"] for record in own for candidate in record["candidates"]]
+    first = configs[0]
+    defaults = complete(get_recipe(task), {"fusion": first["fusion"]})
+    return {
+        name: value
+        for name, value in first.items()
+        if name not in _NOT_ASKED
+        and value != defaults.get(name)
+        and all(config.get(name) == value for config in configs)
+    }
+
+
+def comparison_notes(task: str, records: Sequence[Record], base: str) -> list[str]:
+    """What figures of a table of test metrics are, as sentences.
+
+    Args:
+        task: of all records.
+        records: of one task, at least one of which succeeded.
+        base: the name that the others are compared with.
+    """
     splits = len(succeeded(records)[0]["splits"])
     each = f", each the mean of {splits} splits" if splits > 1 else ""
+    asked = asked_options(task, records, base)
     notes = [
         f"Mean ± standard error over seeds{each}; differences are paired by seed: p of Student's "
         "t test, the same with Holm's correction for all rows, and of Wilcoxon's signed-rank test "
         "(0.0625 at least with 5 seeds)."
     ]
+    if asked:
+        listed = ", ".join(f"{name} {value}" for name, value in asked.items())
+        notes.append(f"Not the task's defaults: {listed}.")
     failed = sum(not record["splits"] for record in records)
     if failed:
         notes.append(f"{failed} runs diverged and are left out.")

@@ -21,7 +21,9 @@ from .comparison import (
     headline,
     in_order,
     metric_rows,
+    over_tasks,
     readable,
+    verdict,
 )
 from .records import Record
 from .settings import Job, Setting
@@ -61,8 +63,12 @@ class Fusions(Analysis):
             rows, shown = metric_rows(task, of_task, BASE)
             shown |= {"training_seconds": ("training, s", ".1f"), "steps": ("steps", ".1f")}
             columns = {"name": ("fusion", ""), **shown}
-            tables.append(Table(task, rows, columns, comparison_notes(of_task)))
+            notes = verdict(rows, BASE) + comparison_notes(task, of_task, BASE)
+            tables.append(Table(task, rows, columns, notes))
         return tables
+
+    def summary(self, tables: Sequence[Table]) -> str:
+        return over_tasks({table.title: table.rows for table in tables}, BASE)
 
     def picture(self, records: Sequence[Record]) -> Figure:
         from ..plots import score_panels

@@ -55,8 +55,11 @@ def markdown(records: Sequence[Record]) -> str:
         if not any(record["splits"] for record in own):
             continue
         analysis = get_analysis(name)
-        parts.append(f"## {analysis.name.capitalize()}\n\n{_measured_on(own)}\n")
-        parts += [f"### {t.title}\n\n{t.markdown()}" for t in analysis.tables(own)]
+        tables = analysis.tables(own)
+        summary = analysis.summary(tables)
+        parts.append(f"## {analysis.name.capitalize()}\n")
+        parts += [f"{text}\n" for text in (summary, _measured_on(own)) if text]
+        parts += [f"### {t.title}\n\n{t.markdown()}" for t in tables]
     return "\n".join(parts)
 
 
@@ -100,16 +103,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measured_on(records: Sequence[Record]) -> str:
-    """Machines, versions and commits of records, in a sentence."""
+    """Machines, versions and commits of records, and what else the machines did, in sentences."""
     found: dict[str, set[Any]] = {}
+    loads = []
+    busy = 0
     for record in records:
         of = record["environment"]
         versions = of.get("versions") or {}
-        found.setdefault("cpu", set()).add(f"{of.get('cpu')}, {of.get('threads')} threads")
+        cores, threads, load = of.get("cores"), of.get("threads"), of.get("load_average")
+        several = "s" if threads != 1 else ""
+        found.setdefault("cpu", set()).add(f"{of.get('cpu')}, {threads} thread{several}")
         found.setdefault("torch", set()).add(versions.get("torch"))
         found.setdefault("commit", set()).add(str(of.get("commit"))[:12])
+        if load is not None and cores:
+            loads.append(load / cores)
+            busy += load > cores
     cpus, torches, commits = ("; ".join(sorted(map(str, values))) for values in found.values())
-    return f"Measured on {cpus}; torch {torches}; commit {commits}."
+    text = f"Measured on {cpus}; torch {torches}; commit {commits}."
+    if busy:
+        text += (
+            f" Load averages at the ends of runs were {min(loads):.1f} to {max(loads):.1f} per "
+            f"core, above 1 at {busy} of {len(records)}: other programs ran beside them, so that "
+            "seconds of training are too many, and not equally so."
+        )
+    return text
 
 
 if __name__ == "__main__":
