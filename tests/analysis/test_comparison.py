@@ -86,7 +86,7 @@ def test_options_that_are_no_defaults_are_noted(options):
     assert ("Not the task's defaults: splits 1, epochs 7." in notes) == bool(options)
     assert any("Not the task's defaults" in note for note in notes) == bool(options)
     # Those that seeds differ in are not those of all.
-    records.append(record("cub", "deq", 1, 0.5, dropout=0.1, **options))
+    records.insert(0, record("cub", "deq", 1, 0.5, dropout=0.1, **options))
     assert asked_options("cub", records, "deq") == options
 
 
