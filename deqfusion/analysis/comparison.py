@@ -113,10 +113,11 @@ def verdict(rows: Sequence[Mapping[str, Any]], base: str) -> list[str]:
     Returns:
         Sentences; none where the base, or everything else, is missing.
     """
-    metric = rows[0]["compared"]
+    rows = _scored(rows)
     place = next((row for row in rows if row["name"] == base), None)
     if place is None or len(rows) < 2:
         return []
+    metric = place["compared"]
     sign = -1.0 if less_is_better(metric) else 1.0
     name, heading = metric.replace("_", " "), f"{base}'s mean {metric.replace('_', ' ')}"
     best = max(rows, key=lambda row: sign * row[metric])
@@ -138,6 +139,11 @@ def verdict(rows: Sequence[Mapping[str, Any]], base: str) -> list[str]:
     if not any(map(_differs, rows)):
         sentences.append(f"No difference from {base} has a p (Holm) below {_LEVEL:g}.")
     return sentences
+
+
+def _scored(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    # A few scenes may lack every box of a class, and so have no average precision.
+    return [row for row in rows if math.isfinite(row.get(row["compared"], math.nan))]
 
 
 def _with_p(row: Mapping[str, Any]) -> str:
@@ -163,7 +169,7 @@ def over_tasks(rows_of: Mapping[str, Sequence[Mapping[str, Any]]], base: str) ->
     best, better, worse = [], [], []
     tasks = {
         task: rows
-        for task, rows in rows_of.items()
+        for task, rows in ((task, _scored(rows)) for task, rows in rows_of.items())
         if len(rows) > 1 and base in [row["name"] for row in rows]
     }
     if len(tasks) < 2:

@@ -53,6 +53,9 @@ def test_a_base_that_is_not_the_best_is_said_not_to_be():
     ]
     assert verdict(rows[::2], "deq")[1] == "No difference from deq has a p (Holm) below 0.05."
     assert verdict(rows[1:], "deq") == verdict(rows[:1], "deq") == []
+    # Without a value, as of scenes that lack all boxes, there is nothing to say.
+    none = {"name": "gated", "compared": "accuracy", "difference": math.nan, "p_holm": math.nan}
+    assert verdict([none, *rows], "deq") == verdict(rows, "deq")
 
 
 def test_of_an_error_less_is_better():
