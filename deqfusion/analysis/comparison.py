@@ -121,8 +121,10 @@ def verdict(rows: Sequence[Mapping[str, Any]], base: str) -> list[str]:
     sign = -1.0 if less_is_better(metric) else 1.0
     name, heading = metric.replace("_", " "), f"{base}'s mean {metric.replace('_', ' ')}"
     best = max(rows, key=lambda row: sign * row[metric])
-    if best[metric] == place[metric]:
-        sentences = [f"{heading}, {place[metric]:.3f}, is the best."]
+    if _alike(best[metric], place[metric]):
+        also = [r["name"] for r in rows if r is not place and _alike(r[metric], place[metric])]
+        with_others = f", with {', '.join(also)}" if also else ""
+        sentences = [f"{heading}, {place[metric]:.3f}, is the best{with_others}."]
     else:
         sentences = [
             f"{heading}, {place[metric]:.3f}, is not the best: that of {best['name']} is "
@@ -144,6 +146,11 @@ def verdict(rows: Sequence[Mapping[str, Any]], base: str) -> list[str]:
 def _scored(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     # A few scenes may lack every box of a class, and so have no average precision.
     return [row for row in rows if math.isfinite(row.get(row["compared"], math.nan))]
+
+
+def _alike(one: float, other: float) -> bool:
+    # Sums of the same hits in another order differ in the last bits.
+    return math.isclose(one, other, rel_tol=1e-9)
 
 
 def _with_p(row: Mapping[str, Any]) -> str:
@@ -179,7 +186,8 @@ def over_tasks(rows_of: Mapping[str, Sequence[Mapping[str, Any]]], base: str) ->
         sign = -1.0 if less_is_better(metric) else 1.0
         scores = {row["name"]: sign * row[metric] for row in rows}
         for name, score in scores.items():
-            ranks.setdefault(name, []).append(1 + sum(s > score for s in scores.values()))
+            above = sum(s > score and not _alike(s, score) for s in scores.values())
+            ranks.setdefault(name, []).append(1 + above)
         if ranks[base][-1] == 1:
             best.append(task)
         differences = [sign * row["difference"] for row in rows if _differs(row)]
@@ -192,9 +200,9 @@ def over_tasks(rows_of: Mapping[str, Sequence[Mapping[str, Any]]], base: str) ->
         f"{name} {rank:.1f}" for name, rank in sorted(everywhere.items(), key=lambda pair: pair[1])
     )
     return (
-        f"{base} has the best mean on {_listed(best)} of {len(tasks)} tasks. By p (Holm) below "
-        f"{_LEVEL:g} it is better than some other on {_listed(better)}, and worse than some other "
-        f"on {_listed(worse)}. Mean rank over the tasks, 1 the best: {listed}."
+        f"{base} has the best mean, or shares it, on {_listed(best)} of {len(tasks)} tasks. By p "
+        f"(Holm) below {_LEVEL:g} it is better than some other on {_listed(better)}, and worse than "
+        f"some other on {_listed(worse)}. Mean rank over the tasks, 1 the best: {listed}."
     )
 
 

@@ -41,6 +41,13 @@ def test_a_base_that_is_the_best_is_said_to_be():
     ]
 
 
+def test_a_base_that_shares_the_best_is_said_to():
+    rows = [row("deq", 0.8), row("gated", 0.8 + 2e-16, difference=2e-16, p=1.0), row("sum", 0.7)]
+    assert rows[1]["accuracy"] > rows[0]["accuracy"]
+    assert verdict(rows, "deq")[0] == "deq's mean accuracy, 0.800, is the best, with gated."
+    assert "shares it, on 2 (a, b) of 2 tasks" in over_tasks({"a": rows, "b": rows}, "deq")
+
+
 def test_a_base_that_is_not_the_best_is_said_not_to_be():
     rows = [
         row("deq", 0.8),
@@ -73,9 +80,9 @@ def test_tasks_are_counted_and_ranks_averaged():
         "c": [row("deq", 0.8), row("sum", 0.9, difference=0.1, p=0.2), row("tensor", 0.7)],
     }
     assert over_tasks(rows, "deq") == (
-        "deq has the best mean on 1 (a) of 3 tasks. By p (Holm) below 0.05 it is better than some "
-        "other on 1 (a), and worse than some other on 1 (b). Mean rank over the tasks, 1 the best: "
-        "sum 1.3, deq 1.7."
+        "deq has the best mean, or shares it, on 1 (a) of 3 tasks. By p (Holm) below 0.05 it is "
+        "better than some other on 1 (a), and worse than some other on 1 (b). Mean rank over the "
+        "tasks, 1 the best: sum 1.3, deq 1.7."
     )
     assert over_tasks({"a": rows["a"]}, "deq") == ""
 
@@ -102,7 +109,7 @@ def test_a_report_says_who_wins_and_what_else_ran():
         for seed, value in enumerate(of_seeds)
     ]
     page = markdown(records)
-    assert "deq has the best mean on none of 2 tasks." in page
+    assert "deq has the best mean, or shares it, on none of 2 tasks." in page
     assert page.count("deq's mean accuracy, 0.550, is not the best: that of sum is 0.700") == 2
     assert "were 0.5 to 1.5 per core, above 1 at 4 of 8: other programs ran beside them" in page
     assert "C, 1 thread;" in page
