@@ -201,8 +201,8 @@ def over_tasks(rows_of: Mapping[str, Sequence[Mapping[str, Any]]], base: str) ->
     )
     return (
         f"{base} has the best mean, or shares it, on {_listed(best)} of {len(tasks)} tasks. By p "
-        f"(Holm) below {_LEVEL:g} it is better than some other on {_listed(better)}, and worse than "
-        f"some other on {_listed(worse)}. Mean rank over the tasks, 1 the best: {listed}."
+        f"(Holm) below {_LEVEL:g} it is better than some other on {_listed(better)}, and worse "
+        f"than some other on {_listed(worse)}. Mean rank over the tasks, 1 the best: {listed}."
     )
 
 
