@@ -4,12 +4,13 @@ Functions take what the operators of `deqfusion.ops` take, in plain values of th
 the same. What the programs do not have is refused by name, never run elsewhere. Precision of the
 products follows the features and `torch.get_float32_matmul_precision()`:
 
-    float32    "highest": tf32x3 (ieee on AMD)    "high": tf32    "medium": bfloat16
+    float32    "highest": tf32x3 (ieee on AMD)    "high", "medium": tf32
     (ieee where there are no such products: NVIDIA before sm_80, AMD but gfx942)
     bfloat16, float16: tf32, computed in float32 like everywhere
 
 Statistics, history and states are float32 throughout. With `ladder="auto"`, from width 256 on, the
-first steps have bfloat16 products; the steps that end a row do not.
+first steps of "highest" have bfloat16 products; the steps that end a row do not. With "medium" and
+`ladder="off"` all products are in bfloat16: of a state rounded to it the residual stalls near 1e-3.
 """
 
 from __future__ import annotations
@@ -62,16 +63,27 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
     wanted = "high"
     if dtype == torch.float32:
         wanted = torch.get_float32_matmul_precision()
+    if wanted == "medium" and (device.type == "cpu" or _tensor_cores(device)):
+        return "low"
+    if wanted == "highest" and device.type != "cpu" and not torch.version.hip:
+        return "tf32x3" if _tensor_cores(device) else "ieee"
+    return "ieee" if wanted == "highest" else _reduced(device)
+
+
+def _reduced(device: torch.device) -> str:
+    """tf32, where a device has such products."""
     if device.type == "cpu":
-        return "low" if wanted == "medium" else "ieee"
+        return "ieee"
     if torch.version.hip is not None:
         # Of AMD's, Triton has tf32 products for one.
         arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        best = "tf32" if arch == "gfx942" else "ieee"
-        return {"medium": "low", "high": best, "highest": "ieee"}[wanted]
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return "ieee"
-    return {"medium": "low", "high": "tf32", "highest": "tf32x3"}[wanted]
+        return "tf32" if arch == "gfx942" else "ieee"
+    return "tf32" if _tensor_cores(device) else "ieee"
+
+
+def _tensor_cores(device: torch.device) -> bool:
+    """Whether products of tf32 and bfloat16 are faster than those of fp32."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -97,12 +109,27 @@ def solve_options(o: SolverOptions, x: Tensor) -> Any:
         raise ValueError(f"solver: got Broyden, {_schedules()} have Anderson and Picard; {_ELSE}")
     _check_dtype(x.dtype)
     plain = o.method in ("picard", "truncated")
+    products = precision(x.dtype, x.device)
+    if o.ladder and products == "low":
+        products = _reduced(x.device)
     return SolveOptions(
         rtol=o.rtol, atol=o.atol, max_steps=o.max_steps, memory=0 if plain else o.memory,
         ridge=DEFAULT_RIDGE[torch.float32] if o.ridge is None else float(o.ridge),
-        relative=o.relative_ridge, mixing=o.mixing, precision=precision(x.dtype, x.device),
+        relative=o.relative_ridge, mixing=o.mixing, precision=products,
         ladder=o.ladder and x.shape[-1] >= LADDER_WIDTH, truncated=o.method == "truncated",
     )  # fmt: skip
+
+
+_known: dict[tuple[Any, ...], Any] = {}
+
+
+def _kept(o: SolverOptions, x: Tensor) -> Any:
+    """`solve_options`, made once for all that they depend on."""
+    key = o, x.dtype, x.device, x.shape[-1], torch.get_float32_matmul_precision()
+    found = _known.get(key)
+    if found is None:
+        found = _known[key] = solve_options(o, x)
+    return found
 
 
 def inject(
@@ -161,7 +188,7 @@ def solve_modality(
     from deqfusion.kernels import solves
 
     return solves.solve_modality(
-        x.contiguous(), p, cell.num_groups, cell.skip, solve_options(o, x), init=init,
+        x.contiguous(), p, cell.num_groups, cell.skip, _kept(o, x), init=init,
         present=present, tolerance=tolerance, record=record, weights=packed,
     )  # fmt: skip
 
@@ -174,7 +201,7 @@ def adjoint_modality(
     from deqfusion.kernels import solves
 
     dx, gradients, outcome = solves.adjoint_modality(
-        gradient, z, status, x.contiguous(), p, cell.num_groups, cell.skip, solve_options(o, x),
+        gradient, z, status, x.contiguous(), p, cell.num_groups, cell.skip, _kept(o, x),
         present=present,
     )  # fmt: skip
     return dx, *gradients, *outcome
@@ -186,12 +213,12 @@ def solve_fusion(
     p: FusionParameters, cell: CellOptions, o: SolverOptions, tolerance: Tensor | None,
     record: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As `deqfusion.reference.solve.solve_fusion`."""
+    """As `deqfusion.reference.solve.solve_fusion`, without the leading dimension 1."""
     from deqfusion.kernels import solves
 
     solution = solves.solve_fusion(
         modalities, injection.contiguous(), p, cell.num_groups, cell.gate, cell.gate_input,
-        cell.tail, solve_options(o, injection), modality_status=modality_status, init=init,
+        cell.tail, _kept(o, injection), modality_status=modality_status, init=init,
         gate_mask=gate_mask, fusion_mask=fusion_mask, tolerance=tolerance, record=record,
         weights=packed,
     )  # fmt: skip
@@ -208,7 +235,7 @@ def adjoint_fusion(
 
     dm, dx, gradients, outcome = solves.adjoint_fusion(
         gradient, z, status, modalities, injection.contiguous(), p, cell.num_groups, cell.gate,
-        cell.gate_input, cell.tail, solve_options(o, injection), gate_mask=gate_mask,
+        cell.gate_input, cell.tail, _kept(o, injection), gate_mask=gate_mask,
         fusion_mask=fusion_mask,
     )  # fmt: skip
-    return dm, dx, *gradients, *(t.squeeze(0) for t in outcome)
+    return dm, dx, *gradients, *outcome

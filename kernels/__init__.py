@@ -12,6 +12,7 @@
     modality, fusion  the equilibria, in one launch or a launch per phase
     modality_adjoint, fusion_adjoint    their gradients, up to those of the parameters
     gradients         gradients of the parameters
+    arguments, compiled    what a launch is given, and launching what was compiled before
     launch, solves    the same as functions of tensors
     cost, candidates  what a solve should cost on a device, and what to try for one
     tuning            what was found to be best
@@ -23,6 +24,7 @@ inspected on machines that have neither.
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 #: Names of the GPU programs that the operators launch.
@@ -35,6 +37,7 @@ PROGRAMS: tuple[str, ...] = (
 )
 
 
+@functools.cache
 def triton_version() -> str | None:
     """Import Triton and return its version, or None where it cannot be imported."""
     try:
@@ -44,6 +47,7 @@ def triton_version() -> str | None:
     return str(triton.__version__)
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether the programs run in Triton's interpreter, on CPU tensors."""
     return triton_version() is not None and bool(

@@ -62,25 +62,43 @@ def mixture(gram, step, first, ridge, M: tl.constexpr, BM: tl.constexpr, RELATIV
     gram: of the program's rows; first [BM]: the first step that counts.
     """
     gram_rows = gram + tl.arange(0, BM) * (M * M)
-    count = tl.zeros([BM], dtype=tl.float32)
-    trace = tl.zeros([BM], dtype=tl.float32)
     a = ()
-    b = ()
+    counts = ()
     for i in tl.static_range(M):
-        here = valid(i, step, first, M)
-        count += here.to(tl.float32)
-        b = b + (here.to(tl.float32),)
+        counts = counts + (valid(i, step, first, M),)
         for j in tl.static_range(M):
             if j <= i:
-                both = here & valid(j, step, first, M)
+                both = counts[i] & counts[j]
                 a = a + (tl.load(gram_rows + i * M + j, mask=both, other=0.0),)
+    solved, sound = solution(a, counts, ridge, M, BM, RELATIVE)
+    newest = step % M
+    weights = tl.zeros([BM, SLOTS], dtype=tl.float32)
+    for j in tl.static_range(M):
+        plain = tl.where(newest == j, 1.0, 0.0)
+        weights = with_column(weights, j, tl.where(sound, solved[j], plain))
+    return weights
+
+
+@triton.jit
+def solution(a, counts, ridge, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr):
+    """Weights (M of [BM]) that sum to 1, and whether there are any, [BM].
+
+    a: the lower half of the Gram matrix, row by row, 0 where an entry does not count; counts: for
+    each entry, whether it does.
+    """
+    number = tl.zeros([BM], dtype=tl.float32)
+    trace = tl.zeros([BM], dtype=tl.float32)
+    b = ()
+    for i in tl.static_range(M):
+        number += counts[i].to(tl.float32)
         trace += a[i * (i + 1) // 2 + i]
-    shift = ridge * trace / tl.maximum(count, 1.0) if RELATIVE else trace * 0.0 + ridge
+        b = b + (counts[i].to(tl.float32),)
+    shift = ridge * trace / tl.maximum(number, 1.0) if RELATIVE else trace * 0.0 + ridge
     # L D L^T: column p of the lower half is replaced by L, and b by the solution of L y = b.
     inverses = ()
     for p in tl.static_range(M):
         pivot = a[p * (p + 1) // 2 + p] + shift
-        inverse = tl.where(valid(p, step, first, M) & (pivot > 0.0), 1.0 / pivot, 0.0)
+        inverse = tl.where(counts[p] & (pivot > 0.0), 1.0 / pivot, 0.0)
         inverses = inverses + (inverse,)
         later_a = ()
         later_b = ()
@@ -111,10 +129,7 @@ def mixture(gram, step, first, ridge, M: tl.constexpr, BM: tl.constexpr, RELATIV
         value *= inverses[M - 1 - q]
         solved = solved + (value,)
         total += value
-    newest = step % M
-    sound = (total != 0.0) & (total - total == 0.0)
-    weights = tl.zeros([BM, SLOTS], dtype=tl.float32)
+    weights = ()
     for j in tl.static_range(M):
-        plain = tl.where(newest == j, 1.0, 0.0)
-        weights = with_column(weights, j, tl.where(sound, solved[M - 1 - j] / total, plain))
-    return weights
+        weights = weights + (solved[M - 1 - j] / total,)
+    return weights, (total != 0.0) & (total - total == 0.0)

@@ -60,8 +60,7 @@ def candidates(
         shared: bytes of shared memory that a program may have; None: unknown.
 
     Returns:
-        Without those that cannot run: cooperative ones of more programs than multiprocessors,
-        tiles beyond the shared memory or the registers.
+        Without those that cannot run: tiles beyond the shared memory or the registers.
     """
     block, _, kind = solve.partition(" ")
     adjoint = kind == "adjoint"
@@ -80,8 +79,6 @@ def candidates(
             block, rows, layout.dim, modalities, device, config, groups=layout.groups,
             memory=memory, low=low, adjoint=adjoint, steps=count,
         )  # fmt: skip
-        if schedule == "cooperative" and p.waves > 1:
-            continue
         usual = shipped(schedule, **known)  # type: ignore[arg-type]
         changes = sum(
             getattr(config, name) != min(getattr(usual, name), max(16, layout.padded))

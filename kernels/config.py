@@ -109,8 +109,8 @@ class SolveOptions:
 
     @property
     def climbs(self) -> bool:
-        """Whether there are two kinds of steps."""
-        return self.packs_low and self.precision != "low"
+        """Whether there are two kinds of steps: not where products in tf32 take about as long."""
+        return self.packs_low and self.precision in ("ieee", "tf32x3")
 
     @property
     def products(self) -> str:
@@ -118,7 +118,23 @@ class SolveOptions:
         return self.precision + ("+low" if self.climbs else "")
 
 
-def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128) -> Config:
+MOST_HELD = 64
+"""Registers of a thread for the history of a resident program."""
+
+
+def in_registers(config: Config, padded: int, slots: int, climbs: bool) -> bool:
+    """Whether programs keep the history in their registers (`kernels.resident`).
+
+    padded, slots, climbs: P, M, and whether there is a ladder.
+    """
+    held = 2 * (slots - 1) * config.rows * padded
+    small = slots > 1 and held <= MOST_HELD * 32 * config.warps
+    return small and config.schedule == "cooperative" and not climbs
+
+
+def shipped(
+    schedule: str, *, adjoint: bool, capability: int, padded: int = 128, rows: int = 16
+) -> Config:
     """What runs where nothing was tuned.
 
     Args:
@@ -126,12 +142,13 @@ def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128)
         adjoint: whether for a backward solve.
         capability: of a CUDA device, as 80 or 90; 0 for others.
         padded: P, channels of a padded group.
+        rows: of a program; schedule step has its own.
 
-    Without spills up to groups of 256 channels, with the default solver and cell. Below 90 the
-    compiler keeps more of a program in registers, so that products are half as deep, adjoints have
-    one stage, and schedule step tiles of 32 x 128 instead of 64 x 128; wide groups take shallow
-    products and small tiles, above 90 others deeper ones. `python -m deqfusion.kernels.targets`
-    tells, and what wider groups spill.
+    Nearly without spills (`targets.MOST_SPILLED`) up to groups of 256 channels, with the default
+    solver and cell. Below 90 the compiler keeps more of a program in registers, so that products
+    are half as deep, adjoints have one stage, and schedule step tiles of 32 x 128 instead of
+    64 x 128; wide groups take shallow products and small tiles, above 90 others deeper ones.
+    `python -m deqfusion.kernels.targets` tells, and what wider groups spill.
     """
     old, wide = 0 < capability < 90, padded >= 256
     if schedule == "step":
@@ -143,24 +160,30 @@ def shipped(schedule: str, *, adjoint: bool, capability: int, padded: int = 128)
         if new and rows * padded < 4096:
             warps = 4
         return Config(schedule, rows, depth=depth, warps=warps, stages=2)
-    depth = 16 if old or wide else 32
+    depth = 16 if old or wide or (adjoint and capability >= 100) else 32
     stages = 1 if (old and wide) or (adjoint and (old or wide)) else 2
-    return Config(schedule, rows=16, depth=depth, warps=8, stages=stages)
+    if schedule == "cooperative" and 90 <= capability < 100:
+        stages = 2 if adjoint else 3
+        if not wide and rows * padded <= 1024:
+            return Config(schedule, rows, depth=depth, warps=4, stages=2)
+    return Config(schedule, rows, depth=depth, warps=8, stages=stages)
 
 
 def shipped_schedules(adjoint: bool, capability: int, padded: int) -> tuple[str, ...]:
     """Schedules that `kernels.cost.default_config` chooses from; arguments as of `shipped`.
 
-    An adjoint below capability 90 is not cooperative: there the modalities' spills at width 500,
-    and in schedule row at 768.
+    Below capability 90 adjoints and groups of 256 channels are not cooperative, nor are adjoints of
+    the latter in schedule row: there they spill.
     """
-    if adjoint and 0 < capability < 90:
-        return ("step",) if padded >= 256 else ("row", "step")
+    if 0 < capability < 90:
+        if padded >= 256:
+            return ("step",) if adjoint else ("row", "step")
+        return ("row", "step") if adjoint else SCHEDULES
     return SCHEDULES
 
 
 GRADIENTS = Config(warps=4, stages=2)
-GRADIENT_TILES = {"BO": 64, "BI": 64, "BR": 32, "BV": 128}
+GRADIENT_TILES = {"BO": 64, "BI": 64, "BV": 64, "BB": 32}
 """Of the parameters' gradients; a width below 64 is one tile."""
 
 INJECTION = Config(warps=8)

@@ -10,7 +10,7 @@ r"""The fusion equilibrium in one launch (schedule *step*: a launch per phase).
 
 Scratch (packed, width W = G P, R' = R rounded up to BM), fp32: packed modalities and constants (N,
 R', W); x_f, z, u, best_f, best_g (R', W); history f, g (M, R', W); gram (1 or G, R', M, M); the
-rest as in `kernels.modality`. Weights (W, W), transposed; vectors (4, W): b_g, b_f, weight and bias
+rest as in `kernels.modality`. Weights (W, W); vectors (4, W): b_g, b_f, weight and bias
 of GN. Unpacked: modalities (N, R, d), x_f, init, out (R, d) and F (R, d) in the dtype of the
 features; gate mask M (N, R, 1 or d); modality_status int32 (N, R); status, steps int32, residual
 fp32 (R); trace (R, max_steps, 2) fp32.
@@ -25,7 +25,6 @@ import triton.language as tl
 
 from .primitives import (
     affine,
-    deltas_of,
     keep,
     ladder_product,
     load_true,
@@ -34,6 +33,7 @@ from .primitives import (
     standardise,
     store_true,
 )
+from .resident import blank_of, held_from
 from .schedule import SUMS, leave, meet, own_groups
 from .solver import (
     NON_FINITE,
@@ -42,9 +42,11 @@ from .solver import (
     forget_ended,
     fresh,
     gather_sums,
+    history_of,
     kind_of,
     load_rows,
     no_sums,
+    planes_of,
     record,
     report_nothing,
     share_sums,
@@ -62,7 +64,7 @@ def constant(
 ):  # fmt: skip
     """c_i [BM, P] of one group; m: packed rows of z_i."""
     bias = tl.load(vectors + group * P + tl.arange(0, P))
-    return product(m, wm + group * P, W, W, BM, P, BK, PRECISION) + bias[None, :]
+    return product(m, wm + group * P * W, W, W, BM, P, BK, PRECISION) + bias[None, :]
 
 
 @triton.jit
@@ -123,48 +125,126 @@ def normalised(v, vectors, group, W: tl.constexpr, DG: tl.constexpr, P: tl.const
     return f, xhat, rstd
 
 
-@triton.jit(
-    do_not_specialize=["rows", "padded_rows", "max_steps"],
-    do_not_specialize_on_alignment=["init"],
-)
-def fusion_solve_kernel(
+@triton.jit
+def fusion_step(
+    state,
+    begin, local, column, live, first_group, last_group, x_rows, z, u, best_f, best_g,
+    constants, f, g, anchors, deltas, counter, gate_mask, fusion_mask, status, steps, residual,
+    trace, wg, wf, lowg, lowf, vectors, gram, partials, counters, saved, rows, max_steps, rtol,
+    atol, ridge, mixing,
+    N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
+    FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, INIT: tl.constexpr, TRACE: tl.constexpr,
+    RELATIVE: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
+    COOPERATIVE: tl.constexpr, RESIDENT: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """An evaluation and what follows; state: what `finish` returns, after the meetings so far."""
+    W: tl.constexpr = G * P
+    DG: tl.constexpr = DIM // G
+    SPREAD: tl.constexpr = COOPERATIVE or PHASE > 0
+    meeting, alive, running, best, improved_at, restarts, first, done, exact, step, held = state
+    t_own = blank_of(BM, P, RESIDENT)
+    change = t_own
+    # From z = 0 there is no product: u is 0 whatever the gates are.
+    depth = tl.where(tl.max(done, 0) == 0, 0, W)
+    if INIT:
+        depth = W + 0 * step
+    kind = kind_of(exact, step, LADDER)
+    tl.debug_barrier()
+    if PHASE == 0 or PHASE == 3:
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
+            p = ladder_product(
+                z, wg, lowg, deltas, anchors + BM * W, group, depth, kind, W, BM, P, BK,
+                PRECISION, LADDER,
+            )  # fmt: skip
+            s = tl.zeros([BM, P], dtype=tl.float32)
+            for i in range(0, N):
+                a, factor = gate(
+                    p, constants, gate_mask, i, rows, begin, local, live, group, column,
+                    tile, BM * W, DIM, DG, SIGMOID, GATE_MASK,
+                )  # fmt: skip
+                s += a * factor
+            value = s * tl.load(z + tile)
+            tl.store(u + tile, value)
+            keep(value, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
+    meet(counter, meeting + 1, G, COOPERATIVE)
+    if PHASE == 0 or PHASE == 4:
+        sums = no_sums(BM, M, RESIDENT)
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            factor = tl.full([BM, P], 1.0, dtype=tl.float32)
+            if FUSION_MASK:
+                factor = load_true(fusion_mask, begin, local, live, group, column, DIM, DG)
+            v = injected(
+                u, wf, lowf, deltas + BM * W, anchors + 3 * BM * W, vectors,
+                tl.load(x_rows + tile), factor, group, depth, kind, W, P, BM, BK,
+                PRECISION, LADDER,
+            )  # fmt: skip
+            t, _, _ = normalised(v, vectors, group, W, DG, P, RELU_LAST)
+            sums, t_own, change = record(held, t, z, f, g, group, step, sums, W, P, M, BM, RESIDENT)
+        share_sums(partials, step, first_group, sums, G, M, BM, SPREAD, RESIDENT)
+    meet(counter, meeting + 2, G, COOPERATIVE)
+    if PHASE == 0 or PHASE == 5:
+        if SPREAD:
+            sums = gather_sums(partials, step, G, M, BM, RESIDENT)
+        (
+            alive, running, best, improved_at, restarts, first, done, exact, step, held,
+        ) = finish(
+            held, t_own, change, z, best_f, best_g, f, g, anchors, deltas, gram, status,
+            steps, residual, trace, sums, step, max_steps, alive, running, best,
+            improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
+            first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE, False, True,
+            RESIDENT,
+        )  # fmt: skip
+    meeting += 3
+    meet(counter, meeting, G, COOPERATIVE)
+    if PHASE == 5:
+        store_rows(
+            saved, counters, first_group, alive, running, best, improved_at, restarts,
+            first, done, exact, step, BM,
+        )  # fmt: skip
+    return meeting, alive, running, best, improved_at, restarts, first, done, exact, step, held
+
+
+@triton.jit
+def fusion_solve_rows(
+    block,
     modalities, x, modality_status, init, gate_mask, fusion_mask, out, status, steps, residual,
     trace, tolerance,
     wg, wf, lowg, lowf, wm, vectors,
-    packed, constants, x_rows, z, u, best_f, best_g, f, g, anchors, gram, partials,
-    counters, saved,
+    scratch, gram, partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
     FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, STATUS: tl.constexpr, INIT: tl.constexpr,
     TOLERANCE: tl.constexpr, TRACE: tl.constexpr, RELATIVE: tl.constexpr,
-    PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr, PHASE: tl.constexpr,
+    PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr,
+    RESIDENT: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """The fusion solve of BM rows; arguments and tiles: the head of this file."""
     W: tl.constexpr = G * P
     DG: tl.constexpr = DIM // G
-    SPREAD: tl.constexpr = COOPERATIVE or PHASE > 0
-    block = tl.program_id(0).to(tl.int64)
     begin = block * BM
     local = tl.arange(0, BM)  # [BM]
     column = tl.arange(0, P)  # [P]
     live = begin + local < rows
     first_group, last_group = own_groups(G)
-    history = padded_rows.to(tl.int64) * W
     status, steps, residual = status + begin, steps + begin, residual + begin
     trace = trace + begin * max_steps * 2
-    x_rows, z, u = x_rows + begin * W, z + begin * W, u + begin * W
-    best_f, best_g = best_f + begin * W, best_g + begin * W
-    packed, constants = packed + begin * W, constants + begin * W
-    f, g = f + begin * W, g + begin * W
-    anchors = anchors + begin * 5 * W
-    deltas = deltas_of(anchors, W, BM, LADDER)
+    # One address, as in `kernels.modality`.
+    scratch = scratch + begin * planes_of(5 + 2 * N, M, LADDER) * W
+    x_rows, z, u = scratch, scratch + BM * W, scratch + 2 * BM * W
+    best_f, best_g, packed = scratch + 3 * BM * W, scratch + 4 * BM * W, scratch + 5 * BM * W
+    constants, f = packed + N * BM * W, packed + 2 * N * BM * W
+    g, anchors, deltas = history_of(f, W, BM, M, LADDER)
     gram = gram + (first_group * padded_rows.to(tl.int64) + begin) * (M * M)
     partials, counter = partials + block * (2 * SUMS * G * BM), counters + block
     saved = saved + (block * G + first_group) * (SAVED * BM)
     if TOLERANCE:
         rtol = tl.load(tolerance).to(tl.float32)
     meeting = 1
+    z_own = blank_of(BM, P, RESIDENT)
 
     if PHASE <= 1:
         report_nothing(status, steps, residual, live, first_group, BM)
@@ -180,13 +260,15 @@ def fusion_solve_kernel(
             if INIT:
                 start = load_true(init, begin, local, live, group, column, DIM, DG)
             tl.store(z + tile, start)
+            if RESIDENT:
+                z_own = start
             tl.store(best_f + tile, tl.where(tl.abs(start) < float("inf"), start, 0.0))
             value = injection_tile(x, begin, local, live, group, column, DIM, DG)
             tl.store(x_rows + tile, tl.where(lost[:, None], float("nan"), value))
             for i in range(0, N):
                 plane = modalities + i * rows.to(tl.int64) * DIM
                 value = load_true(plane, begin, local, live, group, column, DIM, DG)
-                tl.store(packed + i * history + tile, value)
+                tl.store(packed + i * (BM * W) + tile, value)
         alive = live
         running, best, improved_at, restarts, first, done, exact, step = fresh(alive, BM, LADDER)
         if PHASE == 1:
@@ -201,71 +283,41 @@ def fusion_solve_kernel(
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]
             for i in range(0, N):
-                c = constant(packed + i * history, wm, vectors, group, W, P, BM, BK, PRECISION)
-                tl.store(constants + i * history + tile, c)
+                c = constant(packed + i * (BM * W), wm, vectors, group, W, P, BM, BK, PRECISION)
+                tl.store(constants + i * (BM * W) + tile, c)
 
     if PHASE == 0 or (PHASE > 2 and PHASE < 6):
         going = tl.max(alive.to(tl.int32), 0)
-        while going > 0:
-            # From z = 0 there is no product: u is 0 whatever the gates are.
-            depth = tl.where(tl.max(done, 0) == 0, 0, W)
-            if INIT:
-                depth = W + 0 * step
-            kind = kind_of(exact, step, LADDER)
-            tl.debug_barrier()
-            if PHASE == 0 or PHASE == 3:
-                for group in range(first_group, last_group):
-                    tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
-                    p = ladder_product(
-                        z, wg, lowg, deltas, anchors + BM * W, group, depth, kind, W, BM, P, BK,
-                        PRECISION, LADDER,
+        state = (
+            meeting, alive, running, best, improved_at, restarts, first, done, exact, step,
+            held_from(z_own, M, BM, P, RESIDENT),
+        )  # fmt: skip
+        if RESIDENT:
+            # Not `while`: with tiles to carry the compiler's layouts do not settle in one.
+            for _turn in range(0, max_steps):
+                if going > 0:
+                    state = fusion_step(
+                        state, begin, local, column, live, first_group, last_group, x_rows, z,
+                        u, best_f, best_g, constants, f, g, anchors, deltas, counter, gate_mask,
+                        fusion_mask, status, steps, residual, trace, wg, wf, lowg, lowf,
+                        vectors, gram, partials, counters, saved, rows, max_steps, rtol, atol,
+                        ridge, mixing, N, DIM, G, P, BM, BK, M, SIGMOID, GATE_MASK, FUSION_MASK,
+                        RELU_LAST, INIT, TRACE, RELATIVE, PRECISION, LADDER, COOPERATIVE,
+                        RESIDENT, PHASE,
                     )  # fmt: skip
-                    s = tl.zeros([BM, P], dtype=tl.float32)
-                    for i in range(0, N):
-                        a, factor = gate(
-                            p, constants, gate_mask, i, rows, begin, local, live, group, column,
-                            tile, history, DIM, DG, SIGMOID, GATE_MASK,
-                        )  # fmt: skip
-                        s += a * factor
-                    value = s * tl.load(z + tile)
-                    tl.store(u + tile, value)
-                    keep(value, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
-            meet(counter, meeting + 1, G, COOPERATIVE)
-            if PHASE == 0 or PHASE == 4:
-                g2, f2, dots = no_sums(BM)
-                for group in range(first_group, last_group):
-                    tile = local[:, None] * W + (group * P + column)[None, :]
-                    factor = tl.full([BM, P], 1.0, dtype=tl.float32)
-                    if FUSION_MASK:
-                        factor = load_true(fusion_mask, begin, local, live, group, column, DIM, DG)
-                    v = injected(
-                        u, wf, lowf, deltas + BM * W, anchors + 3 * BM * W, vectors,
-                        tl.load(x_rows + tile), factor, group, depth, kind, W, P, BM, BK, PRECISION,
-                        LADDER,
-                    )  # fmt: skip
-                    t, _, _ = normalised(v, vectors, group, W, DG, P, RELU_LAST)
-                    g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
-                share_sums(partials, step, first_group, g2, f2, dots, G, M, BM, SPREAD)
-            meet(counter, meeting + 2, G, COOPERATIVE)
-            if PHASE == 0 or PHASE == 5:
-                if SPREAD:
-                    g2, f2, dots = gather_sums(partials, step, G, M, BM)
-                alive, running, best, improved_at, restarts, first, done, exact, step = finish(
-                    z, best_f, best_g, f, g, history, anchors, deltas, gram, status, steps,
-                    residual, trace, g2, f2, dots, step, max_steps, alive, running, best,
-                    improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
-                    first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE, False, True,
+                    going = tl.max(state[1].to(tl.int32), 0)
+        else:
+            while going > 0:
+                state = fusion_step(
+                    state, begin, local, column, live, first_group, last_group, x_rows, z, u,
+                    best_f, best_g, constants, f, g, anchors, deltas, counter, gate_mask,
+                    fusion_mask, status, steps, residual, trace, wg, wf, lowg, lowf, vectors,
+                    gram, partials, counters, saved, rows, max_steps, rtol, atol, ridge, mixing,
+                    N, DIM, G, P, BM, BK, M, SIGMOID, GATE_MASK, FUSION_MASK, RELU_LAST, INIT,
+                    TRACE, RELATIVE, PRECISION, LADDER, COOPERATIVE, RESIDENT, PHASE,
                 )  # fmt: skip
-            meeting += 3
-            meet(counter, meeting, G, COOPERATIVE)
-            going = tl.max(alive.to(tl.int32), 0)
-            if PHASE == 5:
-                store_rows(
-                    saved, counters, first_group, alive, running, best, improved_at, restarts,
-                    first, done, exact, step, BM,
-                )  # fmt: skip
-            if PHASE > 0:
-                going = going * 0
+                going = tl.max(state[1].to(tl.int32), 0) if PHASE == 0 else going * 0
+        meeting = state[0]
 
     if PHASE == 0 or PHASE == 6:
         for group in range(first_group, last_group):
@@ -274,3 +326,44 @@ def fusion_solve_kernel(
     leave(counter, meeting, G, COOPERATIVE)
     if PHASE == 6:
         forget_ended(counters)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "padded_rows", "max_steps"],
+    do_not_specialize_on_alignment=["init"],
+)
+def fusion_solve_kernel(
+    modalities, x, modality_status, init, gate_mask, fusion_mask, out, status, steps, residual,
+    trace, tolerance,
+    wg, wf, lowg, lowf, wm, vectors,
+    scratch, gram, partials, counters, saved,
+    rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
+    N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
+    FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, STATUS: tl.constexpr, INIT: tl.constexpr,
+    TOLERANCE: tl.constexpr, TRACE: tl.constexpr, RELATIVE: tl.constexpr,
+    PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr,
+    RESIDENT: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """A row block, or in schedule cooperative several one after the other."""
+    if COOPERATIVE:
+        for block in range(tl.program_id(0), padded_rows // BM, tl.num_programs(0)):
+            fusion_solve_rows(
+                tl.zeros([], dtype=tl.int64) + block,
+                modalities, x, modality_status, init, gate_mask, fusion_mask, out,
+                status, steps, residual, trace, tolerance, wg, wf, lowg, lowf, wm,
+                vectors, scratch, gram, partials, counters, saved, rows, padded_rows,
+                max_steps, rtol, atol, ridge, mixing, N, DIM, G, P, BM, BK, M, SIGMOID,
+                GATE_MASK, FUSION_MASK, RELU_LAST, STATUS, INIT, TOLERANCE, TRACE,
+                RELATIVE, PRECISION, LADDER, COOPERATIVE, RESIDENT, PHASE,
+            )  # fmt: skip
+    else:
+        fusion_solve_rows(
+            tl.program_id(0).to(tl.int64),
+            modalities, x, modality_status, init, gate_mask, fusion_mask, out,
+            status, steps, residual, trace, tolerance, wg, wf, lowg, lowf, wm,
+            vectors, scratch, gram, partials, counters, saved, rows, padded_rows,
+            max_steps, rtol, atol, ridge, mixing, N, DIM, G, P, BM, BK, M, SIGMOID,
+            GATE_MASK, FUSION_MASK, RELU_LAST, STATUS, INIT, TOLERANCE, TRACE,
+            RELATIVE, PRECISION, LADDER, COOPERATIVE, RESIDENT, PHASE,
+        )  # fmt: skip

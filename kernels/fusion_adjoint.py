@@ -28,7 +28,6 @@ from .fusion import constant, gate, injected, injection_tile, normalised
 from .primitives import (
     EXACT,
     affine,
-    deltas_of,
     keep,
     ladder_product,
     load_true,
@@ -36,6 +35,7 @@ from .primitives import (
     standardise_vjp,
     store_true,
 )
+from .resident import blank_of, held_from
 from .scaling import divisor_of, largest_of, scales
 from .schedule import SUMS, gather, gather_largest, meet, own_groups, share
 from .solver import (
@@ -44,9 +44,11 @@ from .solver import (
     finish,
     fresh,
     gather_sums,
+    history_of,
     kind_of,
     load_rows,
     no_sums,
+    planes_of,
     record,
     report_nothing,
     share_sums,
@@ -89,47 +91,127 @@ def back(
     return r * tl.load(open_ + tile)
 
 
-@triton.jit(do_not_specialize=["rows", "padded_rows", "max_steps"])
-def fusion_adjoint_kernel(
+@triton.jit
+def fusion_adjoint_step(
+    state,
+    begin, local, column, first_group, last_group, unit, s, t, ys, xhat, open_, z, best_f,
+    best_g, f, g, anchors, deltas, counter, r_rows, yt_rows, take_part, fusion_mask, status,
+    steps, residual, bg, bf, lowbg, lowbf, vectors, rstd, gram, partials, counters, saved,
+    max_steps, rtol, atol, ridge, mixing,
+    DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    M: tl.constexpr, FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, TRUNCATED: tl.constexpr,
+    RELATIVE: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
+    COOPERATIVE: tl.constexpr, RESIDENT: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """An evaluation and what follows; state: what `finish` returns, after the meetings so far."""
+    W: tl.constexpr = G * P
+    DG: tl.constexpr = DIM // G
+    SPREAD: tl.constexpr = COOPERATIVE or PHASE > 0
+    meeting, alive, running, best, improved_at, restarts, first, done, exact, step, held = state
+    t_own = blank_of(BM, P, RESIDENT)
+    apart = t_own
+    depth = tl.where(tl.max(done, 0) == 0, 0, W)
+    kind = kind_of(exact, step, LADDER)
+    if PHASE == 0 or PHASE == 4:
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
+            r = back(
+                tl.load(z + tile), xhat, rstd, open_, vectors, tile, local, group, W, G,
+                DG, P, RELU_LAST,
+            )  # fmt: skip
+            if FUSION_MASK:
+                r *= load_true(fusion_mask, begin, local, take_part, group, column, DIM, DG)
+            tl.store(r_rows + tile, r)
+            keep(r, anchors, deltas, tile, kind, LADDER)
+    meet(counter, meeting + 1, G, COOPERATIVE)
+    if PHASE == 0 or PHASE == 5:
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            y = ladder_product(
+                r_rows, bf, lowbf, deltas, anchors + BM * W, group, depth, kind, W, BM,
+                P, BK, PRECISION, LADDER,
+            )  # fmt: skip
+            tl.store(ys + tile, y * tl.load(s + tile))
+            yt = y * tl.load(t + tile)
+            tl.store(yt_rows + tile, yt)
+            keep(yt, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
+    meet(counter, meeting + 2, G, COOPERATIVE)
+    if PHASE == 0 or PHASE == 6:
+        totals = no_sums(BM, M, RESIDENT)
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            value = ladder_product(
+                yt_rows, bg, lowbg, deltas + BM * W, anchors + 3 * BM * W, group, depth,
+                kind, W, BM, P, BK, PRECISION, LADDER,
+            )  # fmt: skip
+            value += tl.load(ys + tile) + tl.load(unit + tile)
+            totals, t_own, apart = record(
+                held, value, z, f, g, group, step, totals, W, P, M, BM, RESIDENT
+            )
+        share_sums(partials, step, first_group, totals, G, M, BM, SPREAD, RESIDENT)
+    meet(counter, meeting + 3, G, COOPERATIVE)
+    if PHASE == 0 or PHASE == 7:
+        if SPREAD:
+            totals = gather_sums(partials, step, G, M, BM, RESIDENT)
+        (
+            alive, running, best, improved_at, restarts, first, done, exact, step, held,
+        ) = finish(
+            held, t_own, apart, z, best_f, best_g, f, g, anchors, deltas, gram, status,
+            steps, residual, residual, totals, step, max_steps, alive, running, best,
+            improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
+            first_group, last_group, W, P, M, BM, RELATIVE, LADDER, False, TRUNCATED,
+            False, RESIDENT,
+        )  # fmt: skip
+    tl.debug_barrier()
+    meeting += 3
+    if PHASE == 7:
+        store_rows(
+            saved, counters, first_group, alive, running, best, improved_at, restarts,
+            first, done, exact, step, BM,
+        )  # fmt: skip
+    return meeting, alive, running, best, improved_at, restarts, first, done, exact, step, held
+
+
+@triton.jit
+def fusion_adjoint_rows(
+    block,
     gradient, state, solved, modalities, x, gate_mask, fusion_mask, dm, dx, status, steps, residual,
     wg, wf, wm, bg, bf, bm, lowbg, lowbf, vectors,
-    scratch, z, best_f, best_g, rstd, constants, scale, left, right, sums, f, g, anchors, gram,
-    partials, counters, saved,
+    scratch, rstd, scale, left, right, sums, gram, partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
     FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, TRUNCATED: tl.constexpr,
     RELATIVE: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
-    COOPERATIVE: tl.constexpr, PHASE: tl.constexpr,
+    COOPERATIVE: tl.constexpr, RESIDENT: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of BM rows; arguments and tiles: the head of this file."""
     W: tl.constexpr = G * P
     DG: tl.constexpr = DIM // G
     SPREAD: tl.constexpr = COOPERATIVE or PHASE > 0
-    block = tl.program_id(0).to(tl.int64)
     begin = block * BM
     local = tl.arange(0, BM)  # [BM]
     column = tl.arange(0, P)  # [P]
     live = begin + local < rows
     first_group, last_group = own_groups(G)
-    history = padded_rows.to(tl.int64) * W
+    factors = padded_rows.to(tl.int64) * W
     status, steps, residual = status + begin, steps + begin, residual + begin
-    # One pointer, and offsets that the compiler knows, as in `kernels.modality`.
-    scratch = scratch + begin * 7 * W
+    # One address, as in `kernels.modality`.
+    scratch = scratch + begin * planes_of(10 + N, M, LADDER) * W
     unit, through, s = scratch, scratch + BM * W, scratch + 2 * BM * W
     t, ys = scratch + 3 * BM * W, scratch + 4 * BM * W
     xhat, open_ = scratch + 5 * BM * W, scratch + 6 * BM * W
-    z, best_f, best_g = z + begin * W, best_f + begin * W, best_g + begin * W
+    z, best_f, best_g = scratch + 7 * BM * W, scratch + 8 * BM * W, scratch + 9 * BM * W
+    constants, f = scratch + 10 * BM * W, scratch + (10 + N) * BM * W
+    g, anchors, deltas = history_of(f, W, BM, M, LADDER)
     rstd = rstd + begin * G
-    constants, f, g = constants + begin * W, f + begin * W, g + begin * W
     gram = gram + (first_group * padded_rows.to(tl.int64) + begin) * (M * M)
     partials, counter = partials + block * (2 * SUMS * G * BM), counters + block
     saved = saved + (block * G + first_group) * (SAVED * BM)
     r_rows, u_rows = left + begin * W, right + begin * W
-    yt_rows, z_rows = r_rows + history, u_rows + history
-    dc_rows, m_rows = yt_rows + history, z_rows + history
-    scale, anchors = scale + begin, anchors + begin * 5 * W
-    deltas = deltas_of(anchors, W, BM, LADDER)
+    yt_rows, z_rows = r_rows + factors, u_rows + factors
+    dc_rows, m_rows = yt_rows + factors, z_rows + factors
+    scale = scale + begin
     take_part = live & (tl.load(solved + begin + local, mask=live, other=0) != NON_FINITE)
     meeting = 1
 
@@ -144,7 +226,7 @@ def fusion_adjoint_kernel(
             for i in range(0, N):
                 plane = modalities + i * rows.to(tl.int64) * DIM
                 value = load_true(plane, begin, local, take_part, group, column, DIM, DG)
-                tl.store(m_rows + i * history + tile, value)
+                tl.store(m_rows + i * factors + tile, value)
             value = load_true(gradient, begin, local, take_part, group, column, DIM, DG)
             largest = tl.maximum(largest, largest_of(value))
         if SPREAD:
@@ -162,11 +244,11 @@ def fusion_adjoint_kernel(
             total += tl.sum(value * value, 1)
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]
-            p = product(z_rows, wg + group * P, W, W, BM, P, BK, PRECISION)
+            p = product(z_rows, wg + group * P * W, W, W, BM, P, BK, PRECISION)
             tl.store(through + tile, p)
             for i in range(0, N):
-                c = constant(m_rows + i * history, wm, vectors, group, W, P, BM, BK, PRECISION)
-                tl.store(constants + i * history + tile, c)
+                c = constant(m_rows + i * factors, wm, vectors, group, W, P, BM, BK, PRECISION)
+                tl.store(constants + i * (BM * W) + tile, c)
             # Loaded again, so that it need not stay in registers meanwhile.
             tl.debug_barrier()
             p = tl.load(through + tile)
@@ -174,7 +256,7 @@ def fusion_adjoint_kernel(
             for i in range(0, N):
                 a, factor = gate(
                     p, constants, gate_mask, i, rows, begin, local, take_part, group, column, tile,
-                    history, DIM, DG, SIGMOID, GATE_MASK,
+                    BM * W, DIM, DG, SIGMOID, GATE_MASK,
                 )  # fmt: skip
                 total_gate += a * factor
             tl.store(s + tile, total_gate)
@@ -183,7 +265,7 @@ def fusion_adjoint_kernel(
             for i in range(0, N):
                 a, factor = gate(
                     p, constants, gate_mask, i, rows, begin, local, take_part, group, column, tile,
-                    history, DIM, DG, SIGMOID, GATE_MASK,
+                    BM * W, DIM, DG, SIGMOID, GATE_MASK,
                 )  # fmt: skip
                 slope += slope_of(a, SIGMOID) * factor
             tl.store(t + tile, slope * tl.load(z_rows + tile))
@@ -234,64 +316,35 @@ def fusion_adjoint_kernel(
 
     if PHASE == 0 or (PHASE > 3 and PHASE < 8):
         going = tl.max(alive.to(tl.int32), 0)
-        while going > 0:
-            depth = tl.where(tl.max(done, 0) == 0, 0, W)
-            kind = kind_of(exact, step, LADDER)
-            if PHASE == 0 or PHASE == 4:
-                for group in range(first_group, last_group):
-                    tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
-                    r = back(
-                        tl.load(z + tile), xhat, rstd, open_, vectors, tile, local, group, W, G, DG,
-                        P, RELU_LAST,
+        state = (
+            meeting, alive, running, best, improved_at, restarts, first, done, exact, step,
+            held_from(blank_of(BM, P, RESIDENT), M, BM, P, RESIDENT),
+        )  # fmt: skip
+        if RESIDENT:
+            # Not `while`: with tiles to carry the compiler's layouts do not settle in one.
+            for _turn in range(0, max_steps):
+                if going > 0:
+                    state = fusion_adjoint_step(
+                        state, begin, local, column, first_group, last_group, unit, s, t, ys,
+                        xhat, open_, z, best_f, best_g, f, g, anchors, deltas, counter, r_rows,
+                        yt_rows, take_part, fusion_mask, status, steps, residual, bg, bf, lowbg,
+                        lowbf, vectors, rstd, gram, partials, counters, saved, max_steps, rtol,
+                        atol, ridge, mixing, DIM, G, P, BM, BK, M, FUSION_MASK, RELU_LAST,
+                        TRUNCATED, RELATIVE, PRECISION, LADDER, COOPERATIVE, RESIDENT, PHASE,
                     )  # fmt: skip
-                    if FUSION_MASK:
-                        r *= load_true(fusion_mask, begin, local, take_part, group, column, DIM, DG)
-                    tl.store(r_rows + tile, r)
-                    keep(r, anchors, deltas, tile, kind, LADDER)
-            meet(counter, meeting + 1, G, COOPERATIVE)
-            if PHASE == 0 or PHASE == 5:
-                for group in range(first_group, last_group):
-                    tile = local[:, None] * W + (group * P + column)[None, :]
-                    y = ladder_product(
-                        r_rows, bf, lowbf, deltas, anchors + BM * W, group, depth, kind, W, BM, P,
-                        BK, PRECISION, LADDER,
-                    )  # fmt: skip
-                    tl.store(ys + tile, y * tl.load(s + tile))
-                    yt = y * tl.load(t + tile)
-                    tl.store(yt_rows + tile, yt)
-                    keep(yt, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
-            meet(counter, meeting + 2, G, COOPERATIVE)
-            if PHASE == 0 or PHASE == 6:
-                g2, f2, dots = no_sums(BM)
-                for group in range(first_group, last_group):
-                    tile = local[:, None] * W + (group * P + column)[None, :]
-                    value = ladder_product(
-                        yt_rows, bg, lowbg, deltas + BM * W, anchors + 3 * BM * W, group, depth,
-                        kind, W, BM, P, BK, PRECISION, LADDER,
-                    )  # fmt: skip
-                    value += tl.load(ys + tile) + tl.load(unit + tile)
-                    g2, f2, dots = record(value, z, f, g, history, tile, step, g2, f2, dots, M)
-                share_sums(partials, step, first_group, g2, f2, dots, G, M, BM, SPREAD)
-            meet(counter, meeting + 3, G, COOPERATIVE)
-            if PHASE == 0 or PHASE == 7:
-                if SPREAD:
-                    g2, f2, dots = gather_sums(partials, step, G, M, BM)
-                alive, running, best, improved_at, restarts, first, done, exact, step = finish(
-                    z, best_f, best_g, f, g, history, anchors, deltas, gram, status, steps,
-                    residual, residual, g2, f2, dots, step, max_steps, alive, running, best,
-                    improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
-                    first_group, last_group, W, P, M, BM, RELATIVE, LADDER, False, TRUNCATED, False,
+                    going = tl.max(state[1].to(tl.int32), 0)
+        else:
+            while going > 0:
+                state = fusion_adjoint_step(
+                    state, begin, local, column, first_group, last_group, unit, s, t, ys, xhat,
+                    open_, z, best_f, best_g, f, g, anchors, deltas, counter, r_rows, yt_rows,
+                    take_part, fusion_mask, status, steps, residual, bg, bf, lowbg, lowbf,
+                    vectors, rstd, gram, partials, counters, saved, max_steps, rtol, atol,
+                    ridge, mixing, DIM, G, P, BM, BK, M, FUSION_MASK, RELU_LAST, TRUNCATED,
+                    RELATIVE, PRECISION, LADDER, COOPERATIVE, RESIDENT, PHASE,
                 )  # fmt: skip
-            tl.debug_barrier()
-            meeting += 3
-            going = tl.max(alive.to(tl.int32), 0)
-            if PHASE == 7:
-                store_rows(
-                    saved, counters, first_group, alive, running, best, improved_at, restarts,
-                    first, done, exact, step, BM,
-                )  # fmt: skip
-            if PHASE > 0:
-                going = going * 0
+                going = tl.max(state[1].to(tl.int32), 0) if PHASE == 0 else going * 0
+        meeting = state[0]
 
     # The final VJP, with lambda in place of its unit.
     tl.debug_barrier()
@@ -316,7 +369,7 @@ def fusion_adjoint_kernel(
     if PHASE == 0 or PHASE == 9:
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]
-            y = product(r_rows, bf + group * P, W, W, BM, P, BK, PRECISION)
+            y = product(r_rows, bf + group * P * W, W, W, BM, P, BK, PRECISION)
             tl.store(yt_rows + tile, y * tl.load(t + tile))
             p = tl.load(through + tile)
             yz = y * tl.load(z_rows + tile)
@@ -324,16 +377,54 @@ def fusion_adjoint_kernel(
             for i in range(0, N):
                 a, factor = gate(
                     p, constants, gate_mask, i, rows, begin, local, take_part, group, column, tile,
-                    history, DIM, DG, SIGMOID, GATE_MASK,
+                    BM * W, DIM, DG, SIGMOID, GATE_MASK,
                 )  # fmt: skip
                 dc = yz * factor * slope_of(a, SIGMOID)
-                tl.store(dc_rows + i * history + tile, dc)
+                tl.store(dc_rows + i * factors + tile, dc)
                 change += tl.sum(dc, 0)
             tl.store(sums + block * 4 * W + group * P + column, change)
     meet(counter, meeting + 2, G, COOPERATIVE)
     if PHASE == 0 or PHASE == 10:
         for group in range(first_group, last_group):
             for i in range(0, N):
-                value = product(dc_rows + i * history, bm + group * P, W, W, BM, P, BK, PRECISION)
+                value = product(
+                    dc_rows + i * factors, bm + group * P * W, W, W, BM, P, BK, PRECISION
+                )
                 plane = dm + i * rows.to(tl.int64) * DIM
                 store_true(plane, value, begin, local, live, group, column, DIM, DG)
+
+
+@triton.jit(do_not_specialize=["rows", "padded_rows", "max_steps"])
+def fusion_adjoint_kernel(
+    gradient, state, solved, modalities, x, gate_mask, fusion_mask, dm, dx, status, steps, residual,
+    wg, wf, wm, bg, bf, bm, lowbg, lowbf, vectors,
+    scratch, rstd, scale, left, right, sums, gram, partials, counters, saved,
+    rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
+    N: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, GATE_MASK: tl.constexpr,
+    FUSION_MASK: tl.constexpr, RELU_LAST: tl.constexpr, TRUNCATED: tl.constexpr,
+    RELATIVE: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
+    COOPERATIVE: tl.constexpr, RESIDENT: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """A row block, or in schedule cooperative several one after the other."""
+    if COOPERATIVE:
+        for block in range(tl.program_id(0), padded_rows // BM, tl.num_programs(0)):
+            fusion_adjoint_rows(
+                tl.zeros([], dtype=tl.int64) + block,
+                gradient, state, solved, modalities, x, gate_mask, fusion_mask, dm, dx,
+                status, steps, residual, wg, wf, wm, bg, bf, bm, lowbg, lowbf, vectors,
+                scratch, rstd, scale, left, right, sums, gram, partials, counters,
+                saved, rows, padded_rows, max_steps, rtol, atol, ridge, mixing, N, DIM,
+                G, P, BM, BK, M, SIGMOID, GATE_MASK, FUSION_MASK, RELU_LAST, TRUNCATED,
+                RELATIVE, PRECISION, LADDER, COOPERATIVE, RESIDENT, PHASE,
+            )  # fmt: skip
+    else:
+        fusion_adjoint_rows(
+            tl.program_id(0).to(tl.int64),
+            gradient, state, solved, modalities, x, gate_mask, fusion_mask, dm, dx,
+            status, steps, residual, wg, wf, wm, bg, bf, bm, lowbg, lowbf, vectors,
+            scratch, rstd, scale, left, right, sums, gram, partials, counters,
+            saved, rows, padded_rows, max_steps, rtol, atol, ridge, mixing, N, DIM,
+            G, P, BM, BK, M, SIGMOID, GATE_MASK, FUSION_MASK, RELU_LAST, TRUNCATED,
+            RELATIVE, PRECISION, LADDER, COOPERATIVE, RESIDENT, PHASE,
+        )  # fmt: skip

@@ -13,6 +13,7 @@ Source: arXiv 2306.16645, equation 7.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import Constants
 from .config import INJECTION, INJECTION_TILES
 from .launch import launch
 
@@ -139,21 +141,29 @@ def inject(
         return x, injected
     stacked = count > POINTERS
     pointers = [torch.stack(tuple(features))] if stacked else [f.contiguous() for f in features]
+    grid, constants, shape = _how(count, rows, dim, stacked, present is not None)
     launch(
-        inject_kernel,
-        (-(-rows // INJECTION_TILES["BM"]), -(-dim // INJECTION_TILES["BD"])),
+        inject_kernel, grid,
         (
             *pointers, *([pointers[0]] * (POINTERS - len(pointers))),
             like if present is None else present.contiguous().view(torch.int8),
             weight.contiguous(), bias, x, injected, rows,
         ),
-        {
-            "N": count, "DIM": dim, **INJECTION_TILES, "STACKED": stacked,
-            "PRESENT": present is not None,
-        },
-        INJECTION, f"{count} x {rows} rows of {dim}",
+        constants, INJECTION, shape,
     )  # fmt: skip
     return x, injected
+
+
+@functools.lru_cache(maxsize=1024)
+def _how(
+    count: int, rows: int, dim: int, stacked: bool, present: bool
+) -> tuple[tuple[int, int], Constants, str]:
+    """Grid, constants and words for errors."""
+    constants = Constants(
+        {"N": count, "DIM": dim, **INJECTION_TILES, "STACKED": stacked, "PRESENT": present}
+    )
+    grid = -(-rows // INJECTION_TILES["BM"]), -(-dim // INJECTION_TILES["BD"])
+    return grid, constants, f"{count} x {rows} rows of {dim}"
 
 
 def inject_adjoint(
@@ -172,7 +182,7 @@ def inject_adjoint(
     found = torch.empty_like(weight), torch.empty_like(bias)
     blocks = -(-rows // INJECTION_TILES["BM"])
     sums = x.new_empty(blocks, count + 1, dtype=torch.float32)
-    shape = f"{count} x {rows} rows of {dim}"
+    constants, of_sums, shape = _how_adjoint(count, rows, dim, present is not None)
     if rows > 0:
         launch(
             inject_adjoint_kernel, (blocks,),
@@ -181,13 +191,18 @@ def inject_adjoint(
                 x if present is None else present.contiguous().view(torch.int8),
                 weight.contiguous(), features, sums, rows,
             ),
-            {
-                "N": count, "DIM": dim, "PRESENT": present is not None, **INJECTION_TILES,
-            },
-            INJECTION, shape,
+            constants, INJECTION, shape,
         )  # fmt: skip
     launch(
-        inject_sums_kernel, (count + 1,), (sums, *found, blocks), {"N": count, "BM": 128},
-        INJECTION, shape,
+        inject_sums_kernel, (count + 1,), (sums, *found, blocks), of_sums, INJECTION, shape
     )  # fmt: skip
     return features, *found
+
+
+@functools.lru_cache(maxsize=1024)
+def _how_adjoint(
+    count: int, rows: int, dim: int, present: bool
+) -> tuple[Constants, Constants, str]:  # fmt: skip
+    """Constants of both programs, and words for errors."""
+    constants = Constants({"N": count, "DIM": dim, "PRESENT": present, **INJECTION_TILES})
+    return constants, Constants({"N": count, "BM": 128}), f"{count} x {rows} rows of {dim}"

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from . import tuning
-from .config import COUNTERS, MAX_PADDED, SCHEDULES, Config, SolveOptions, shipped
+from .arguments import Constants, Part, Scratch
+from .compiled import COOPERATIVE, NOTHING, NotCompiled, launched, resident
+from .config import COUNTERS, MAX_PADDED, SCHEDULES, Config, SolveOptions, in_registers, shipped
 from .cost import default_config
 from .ended import Ended
 from .layout import Layout
@@ -35,7 +34,6 @@ SUMS, SAVED = int(_SUMS.value), int(_SAVED.value)
 logger = logging.getLogger(__name__)
 
 _asked: Config | str | None = None
-_held: dict[tuple[Any, ...], int] = {}
 _watching: list[Compiled] | None = None
 _configs: list[Config] | None = None
 _refused: set[tuple[Any, ...]] = set()
@@ -128,7 +126,9 @@ class Plan:
         layout, blocks, rows, options, config, device: what was asked for.
         solve, modalities: which of `kernels.tuning.SOLVES`, and N.
         tuned: whether the config is a tuned one.
-        size: R', R rounded up to whole programs; programs: along the rows.
+        size: R', R rounded up to whole programs; programs: along the rows, the row blocks.
+        groups: programs per row block and block.
+        cooperative: whether programs wait for one another.
     """
 
     layout: Layout
@@ -140,6 +140,22 @@ class Plan:
     solve: str
     modalities: int
     tuned: bool = False
+    programs: int = field(init=False)
+    size: int = field(init=False)
+    groups: int = field(init=False)
+    cooperative: bool = field(init=False)
+    _constants: dict[tuple[Any, ...], Constants] = field(init=False, repr=False, compare=False)
+    _known: list[tuple[Part, ...]] = field(init=False, repr=False, compare=False)
+    _scratch: Scratch = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        own, schedule = self.__dict__, self.config.schedule
+        own["programs"] = -(-self.rows // self.config.rows)
+        own["size"] = self.programs * self.config.rows
+        own["groups"] = 1 if schedule == "row" else self.layout.groups
+        own["cooperative"] = schedule == "cooperative"
+        own["_constants"], own["_known"] = {}, [()]
+        own["_scratch"] = Scratch(self._known)
 
     @staticmethod
     def new(
@@ -154,88 +170,60 @@ class Plan:
             ValueError: for a group wider than a tile may be, and for programs that would wait for
                 one another in the interpreter, which runs them one after the other.
         """
-        if layout.padded > MAX_PADDED:
-            raise ValueError(
-                f"dim {layout.dim} in {layout.groups} groups: got {layout.group} channels per "
-                f"group, the GPU programs (schedules {', '.join(SCHEDULES)}) have at most "
-                f"{MAX_PADDED}; DEQFUSION_BACKEND=reference has no limit"
-            )
-        asked = config or _asked
-        if isinstance(asked, str):
-            asked = shipped(
-                asked, adjoint="adjoint" in solve, capability=capability(device),
-                padded=layout.padded,
-            )  # fmt: skip
-        tuned = False
-        if asked is None:
-            asked = _tuned(device, solve, layout, modalities, options, rows)
-            tuned = asked is not None
-            if not tuned and device.type == "cuda" and rows and blocks:
-                _tell_untuned(device, solve, rows, layout, options)
-        if asked is None:
-            asked = untuned(rows, layout, blocks, device, solve)
-        if _would_wait(asked, layout):
-            raise ValueError(
-                f"schedule: got cooperative with {layout.groups} groups in Triton's interpreter, "
-                "expected row or step (with one group, cooperative as well)"
-            )
-        return Plan(layout, blocks, rows, options, asked, device, solve, modalities, tuned)
+        return _planned(
+            layout, blocks, rows, options, config or _asked, device, solve, modalities,
+            tuning.generation(), len(_refused),
+        )  # fmt: skip
 
-    @property
-    def programs(self) -> int:
-        """Row blocks."""
-        return -(-self.rows // self.config.rows)
+    def again(self) -> Plan:
+        """The same plan for another solve, whose scratch is its own."""
+        plan = object.__new__(Plan)
+        plan.__dict__.update(self.__dict__)
+        plan.__dict__["_scratch"] = Scratch(self._known)
+        return plan
 
     @property
     def shape(self) -> str:
         """In words, for errors."""
         return f"{self.blocks} x {self.rows} rows of {self.layout.dim}"
 
-    @property
-    def size(self) -> int:
-        """R', rows of the scratch tensors."""
-        return self.programs * self.config.rows
-
-    @property
-    def cooperative(self) -> bool:
-        """Whether programs wait for one another."""
-        return self.config.schedule == "cooperative"
-
-    @property
-    def groups(self) -> int:
-        """Programs per row block and block."""
-        return 1 if self.config.schedule == "row" else self.layout.groups
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Part:
         """Uninitialised scratch."""
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return self._scratch.part(shape, dtype)
 
-    def rows_of(self, *leading: int) -> Tensor:
+    def rows_of(self, *leading: int) -> Part:
         """Scratch (*leading, R', W)."""
         return self.empty(*leading, self.size, self.layout.width)
 
-    def history(self, counters: Tensor) -> tuple[Tensor, ...]:
-        """f, g, anchors, gram, partials, counters and saved of the solver.
+    def scratch(self, planes: int) -> Part:
+        """Per row block and block of its own, of BM x W elements: so many planes, the slots of the
+        history twice (f, then g), and on the ladder four in fp32 and two in bfloat16
+        (`kernels.solver`). Next to one another, so that one address leads to all."""
+        planes += 2 * max(self.options.slots, 1) + (5 if self.options.climbs else 0)
+        return self.rows_of(self.blocks, planes)
+
+    def meetings(self, counters: Part) -> tuple[Part | Tensor, ...]:
+        """gram, partials, counters and saved of the solver and its schedule.
 
         counters: `COUNTERS` zeros. Of meetings, one per row block; in schedule step the first
         counts the row blocks that have ended.
         """
         slots = self.options.slots
-        f, g = (self.rows_of(max(slots, 1), self.blocks) for _ in range(2))
-        # Per row block four planes in fp32 and two in bfloat16, `kernels.solver`.
-        anchors = self.rows_of(self.blocks, 5) if self.options.climbs else f
         gram = self.empty(self.groups, self.blocks, self.size, slots, slots)
         if self.config.schedule == "row":
-            return f, g, anchors, gram, gram, gram, gram
+            return gram, gram, gram, gram
+        meetings: Part | Tensor = counters
         if self.cooperative and self.blocks * self.programs > COUNTERS:
-            counters = counters.new_zeros(self.blocks * self.programs)
+            meetings = torch.zeros(
+                self.blocks * self.programs, dtype=torch.int32, device=self.device
+            )
         partials = self.empty(2 * SUMS, self.layout.groups, self.blocks, self.size)
         saved = partials
         if self.config.schedule == "step":
             saved = self.empty(
                 self.blocks, self.programs, self.groups, SAVED, self.config.rows, dtype=torch.int32
             )
-        return f, g, anchors, gram, partials, counters, saved
+        return gram, partials, meetings, saved
 
     def numbers(self) -> tuple[float | int, ...]:
         """rows, padded rows, max_steps, rtol, atol, ridge, mixing."""
@@ -251,17 +239,22 @@ class Plan:
             "RELATIVE": o.relative, "PRECISION": product_precision(o.precision),
             "LADDER": product_precision("low") if o.climbs else "",
             "COOPERATIVE": self.cooperative,
+            "RESIDENT": in_registers(c, self.layout.padded, o.slots, o.climbs),
         }  # fmt: skip
 
     def run(
         self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any],
-        phases: tuple[int, int, int],
-    ) -> None:  # fmt: skip
+        phases: tuple[int, int, int], packed: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Launches a solve program over all row blocks.
 
         Args:
             kernel, arguments, constants: but for `numbers` and `constants`, which are added.
             phases: of the kernel's start, step and end.
+            packed: parameters.
+
+        Returns:
+            The buffers that parts are of, scratch and packed parameters.
 
         Raises:
             NotResident: if the plan is cooperative and the device cannot hold its programs at once.
@@ -269,28 +262,43 @@ class Plan:
         grid = (self.programs, self.blocks, self.groups)
         counters = arguments[-2]
         arguments = (*arguments, *self.numbers())
-        constants = {**constants, **self.constants()}
+        buffers = self._scratch.allocate(self.device), packed
 
-        def once(phase: int, **extra: Any) -> None:
-            given = {**constants, "PHASE": phase}
-            launch(kernel, grid, arguments, given, self.config, self.shape, extra)
+        def once(phase: int, extra: Mapping[str, Any] = NOTHING) -> None:
+            given = self._specialised(kernel, constants, phase)
+            launch(kernel, grid, arguments, given, self.config, self.shape, extra, buffers)
 
         if self.config.schedule == "step":
+            if isinstance(counters, Part):
+                counters = counters.tensor(buffers)
             try:
                 self._run_step(once, counters, phases)
             except BaseException:
                 # What was counted would end the next solve with the same parameters too early.
                 counters[:1].zero_()
                 raise
-        elif self.cooperative and self.device.type == "cuda":
-            extra = {"launch_cooperative_grid": True}
-            key = {**constants, "PHASE": 0, **extra}
-            held = resident(kernel, arguments, key, self.config, self.device)
-            if math.prod(grid) > held:
-                raise NotResident(f"{math.prod(grid)} programs, the device holds {held} at once")
-            once(0, **extra)
+        elif self.cooperative and not interpreted():
+            given = self._specialised(kernel, constants, 0)
+            held = resident(kernel, arguments, given, self.config, self.device, buffers)
+            least = self.blocks * self.groups
+            if held < least:
+                raise NotResident(f"{least} programs at least, the device holds {held} at once")
+            # As many row blocks for each program, or one less.
+            rounds = -(-self.programs // (held // least))
+            grid = (-(-self.programs // rounds), *grid[1:])
+            once(0, COOPERATIVE)
         else:
             once(0)
+        return buffers
+
+    def _specialised(self, kernel: Any, constants: dict[str, Any], phase: int) -> Constants:
+        """All that a program is specialised on."""
+        key = (kernel.__name__, phase, *constants.values())
+        found = self._constants.get(key)
+        if found is None:
+            found = Constants({**constants, **self.constants(), "PHASE": phase})
+            self._constants[key] = found
+        return found
 
     def _run_step(
         self, once: Callable[[int], None], counters: Tensor, phases: tuple[int, int, int]
@@ -311,6 +319,38 @@ class Plan:
     def most_steps(self) -> int:
         """Evaluations of a row block at most: rows that wait do not evaluate, others may."""
         return self.options.max_steps * (2 if self.options.climbs else 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _planned(
+    layout: Layout, blocks: int, rows: int, options: SolveOptions, asked: Config | str | None,
+    device: torch.device, solve: str, modalities: int, *_: int,
+) -> Plan:  # fmt: skip
+    """As `Plan.new`; what follows tells whether what is tuned, or refused, has changed."""
+    if layout.padded > MAX_PADDED:
+        raise ValueError(
+            f"dim {layout.dim} in {layout.groups} groups: got {layout.group} channels per "
+            f"group, the GPU programs (schedules {', '.join(SCHEDULES)}) have at most "
+            f"{MAX_PADDED}; DEQFUSION_BACKEND=reference has no limit"
+        )
+    if isinstance(asked, str):
+        asked = shipped(
+            asked, adjoint="adjoint" in solve, capability=capability(device), padded=layout.padded
+        )
+    tuned = False
+    if asked is None:
+        asked = _tuned(device, solve, layout, modalities, options, rows)
+        tuned = asked is not None
+        if not tuned and device.type == "cuda" and rows and blocks:
+            _tell_untuned(device, solve, rows, layout, options)
+    if asked is None:
+        asked = untuned(rows, layout, blocks, device, solve)
+    if _would_wait(asked, layout):
+        raise ValueError(
+            f"schedule: got cooperative with {layout.groups} groups in Triton's interpreter, "
+            "expected row or step (with one group, cooperative as well)"
+        )
+    return Plan(layout, blocks, rows, options, asked, device, solve, modalities, tuned)
 
 
 def _tuned(
@@ -366,10 +406,6 @@ class NotResident(RuntimeError):
     """A cooperative launch has more programs than the device can hold at once."""
 
 
-class NotCompiled(RuntimeError):
-    """A program cannot be compiled for the device."""
-
-
 def solved(plan: Plan, run: Callable[[Plan], T]) -> T:
     """run(plan), or a plan in its place that can run.
 
@@ -380,7 +416,7 @@ def solved(plan: Plan, run: Callable[[Plan], T]) -> T:
         torch.OutOfMemoryError: as it is, with a note on the shape and the config.
     """
     try:
-        result = run(plan)
+        result = run(plan.again())
         if _configs is not None:
             _configs.append(plan.config)
         return result
@@ -403,46 +439,23 @@ def solved(plan: Plan, run: Callable[[Plan], T]) -> T:
         raise
 
 
-def resident(
-    kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], config: Config,
-    device: torch.device,
-) -> int:  # fmt: skip
-    """Programs that the device can hold at once, by registers, shared memory and threads."""
-    key = (kernel.__name__, tuple(sorted(constants.items())), config, device.index)
-    if key in _held:
-        return _held[key]
-    with _compiling(kernel, arguments, config):
-        compiled = kernel.warmup(
-            *arguments, grid=(1,), **constants, num_warps=config.warps, num_stages=config.stages
-        )
-        compiled._init_handles()
-    properties = torch.cuda.get_device_properties(device)
-    threads = config.warps * properties.warp_size
-    registers = -(-compiled.n_regs // 8) * 8 * threads
-    each = min(
-        getattr(properties, "regs_per_multiprocessor", 65536) // max(registers, 1),
-        properties.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024),
-        properties.max_threads_per_multi_processor // threads,
-        16,
-    )
-    _held[key] = each * properties.multi_processor_count
-    return _held[key]
-
-
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any],
-    config: Config, shape: str, extra: dict[str, Any] | None = None,
+    config: Config, shape: str, extra: Mapping[str, Any] = NOTHING,
+    buffers: Sequence[Tensor] = (),
 ) -> None:  # fmt: skip
     """Launches a kernel.
+
+    Args:
+        arguments: tensors, parts of `buffers`, and numbers.
+        extra: options of the launch itself, for Triton.
 
     Raises:
         NotCompiled: if it cannot be compiled for the device: names program, config and device.
         Errors of the launch itself, as they are, with a note on the shape and the config.
     """
-    options = {"num_warps": config.warps, "num_stages": config.stages, **(extra or {})}
     try:
-        with _compiling(kernel, arguments, config):
-            compiled = kernel[grid](*arguments, **constants, **options)
+        compiled = launched(kernel, grid, arguments, constants, config, extra, buffers)
     except NotCompiled:
         raise
     except Exception as error:
@@ -451,24 +464,3 @@ def launch(
     if _watching is not None and compiled is not None:
         needs = compiled.n_regs, compiled.n_spills, compiled.metadata.shared
         _watching.append(Compiled(kernel.__name__, *needs))
-
-
-@contextmanager
-def _compiling(kernel: Any, arguments: tuple[Any, ...], config: Config) -> Iterator[None]:
-    """Errors of the compiler name program, config and device."""
-    try:
-        yield
-    except Exception as error:
-        known = isinstance(error, CompilationError | OutOfResources | PTXASError)
-        # What the compiler's passes raise is told by its text alone.
-        if not known and "PassManager" not in str(error):
-            raise
-        raise NotCompiled(
-            f"{kernel.__name__} with {config} cannot be compiled for {_device(arguments)}: "
-            f"{str(error).splitlines()[0]}; DEQFUSION_BACKEND=reference does without it"
-        ) from error
-
-
-def _device(arguments: tuple[Any, ...]) -> str:
-    device = arguments[0].device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -2,12 +2,12 @@ r"""The padded layout of the GPU programs, and its inverse.
 
 GroupNorm works on groups of d / G channels. Each group is padded with zeros to P channels, a power
 of two (at least 16, the least a matrix instruction takes), so that one group is one block of
-columns and the whole width is D = G P. Weights are stored transposed, (in, out), padded in both
+columns and the whole width is D = G P. Weights are stored as they are, (out, in), padded in both
 directions: what stands in padded columns never reaches a true one. Group statistics divide by the
 true count.
 
     rows     (..., d)     ->  (..., D)
-    weights  (K, d, d)    ->  (K, D, D), W^T
+    weights  (K, d, d)    ->  (K, D, D)
     vectors  (K, d)       ->  (K, D)
 
 `pack` and `unpack` are exact inverses on the true channels.
@@ -15,6 +15,7 @@ true count.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,17 +46,17 @@ class Layout:
                 f"groups: got {self.groups} for dim {self.dim}, expected a divisor of it"
             )
 
-    @property
+    @functools.cached_property
     def group(self) -> int:
         """Channels of a group."""
         return self.dim // self.groups
 
-    @property
+    @functools.cached_property
     def padded(self) -> int:
         """P, channels of a padded group."""
         return max(MIN_PADDED, 1 << (self.group - 1).bit_length())
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """D = G P."""
         return self.groups * self.padded
@@ -72,12 +73,18 @@ class Layout:
         return groups[..., : self.group].reshape(*x.shape[:-1], self.dim)
 
     def pack_weight(self, weight: Tensor) -> Tensor:
-        """(..., d_out, d_in) -> (..., D_in, D_out), contiguous."""
-        return self.pack(self.pack(weight).transpose(-1, -2)).contiguous()
+        """(..., d_out, d_in) -> (..., D_out, D_in), contiguous."""
+        return self.pack(self.pack(weight).transpose(-1, -2)).transpose(-1, -2).contiguous()
 
     def unpack_weight(self, weight: Tensor) -> Tensor:
-        """The inverse: (..., D_in, D_out) -> (..., d_out, d_in), contiguous."""
-        return self.unpack(self.unpack(weight).transpose(-1, -2)).contiguous()
+        """The inverse: (..., D_out, D_in) -> (..., d_out, d_in), contiguous."""
+        return self.unpack(self.unpack(weight).transpose(-1, -2)).transpose(-1, -2).contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def layout_of(dim: int, groups: int) -> Layout:
+    """A layout, made once."""
+    return Layout(dim, groups)
 
 
 def packed_sizes(

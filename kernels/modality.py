@@ -10,7 +10,7 @@ G).
 
 Scratch (packed, `kernels.layout`, width W = G P; R' = R rounded up to BM), fp32: per row block 3
 planes (BM, W), packed x, z, h; best_f, best_g (N, R', W); history f, g (M, N, R', W); gram (1 or G,
-N, R', M, M). Weights (N, W, W), W_j^T; vectors (N, 8, W): b_1, weight and bias of GN_1, b_2, those
+N, R', M, M). Weights (N, W, W); vectors (N, 8, W): b_1, weight and bias of GN_1, b_2, those
 of GN_2 and of GN_3. Unpacked: x, init and out (N, R, d) in the dtype of the features; present int8,
 status, steps int32, residual fp32 (N, R); trace (N, R, max_steps, 2) fp32. Precision:
 `kernels.primitives`; groups, meetings, PHASE (1 start, 2 to 4 a step, 5 end), partials, counters,
@@ -25,7 +25,6 @@ import triton.language as tl
 
 from .primitives import (
     affine,
-    deltas_of,
     keep,
     ladder_product,
     load_true,
@@ -33,6 +32,7 @@ from .primitives import (
     standardise,
     store_true,
 )
+from .resident import blank_of, held_from
 from .schedule import SUMS, leave, meet, own_groups
 from .solver import (
     SAVED,
@@ -40,9 +40,11 @@ from .solver import (
     forget_ended,
     fresh,
     gather_sums,
+    history_of,
     kind_of,
     load_rows,
     no_sums,
+    planes_of,
     record,
     report_nothing,
     share_sums,
@@ -87,30 +89,94 @@ def evaluated(
     if SKIP:
         t += z_tile
     xhat3, rstd3 = standardise(relu(t), column, DG)
-    return affine(xhat3, tl.load(v + 3 * W), tl.load(v + 4 * W)), xhat2, rstd2, xhat3, rstd3
+    f = affine(xhat3, tl.load(v + 3 * W), tl.load(v + 4 * W))
+    return f, xhat2, rstd2, xhat3, rstd3
 
 
-@triton.jit(
-    do_not_specialize=["rows", "padded_rows", "max_steps"],
-    do_not_specialize_on_alignment=["init"],
-)
-def modality_solve_kernel(
+@triton.jit
+def modality_step(
+    state,
+    local, column, first_group, last_group, packed, z, h, best_f, best_g, f, g, anchors, deltas,
+    counter, status, steps, residual, trace, w1, w2, low1, low2, vectors, gram, partials,
+    counters, saved, max_steps, rtol, atol, ridge, mixing,
+    DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    M: tl.constexpr, SKIP: tl.constexpr, INIT: tl.constexpr, TRACE: tl.constexpr,
+    RELATIVE: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
+    COOPERATIVE: tl.constexpr, RESIDENT: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """An evaluation and what follows; state: what `finish` returns, after the meetings so far."""
+    W: tl.constexpr = G * P
+    DG: tl.constexpr = DIM // G
+    SPREAD: tl.constexpr = COOPERATIVE or PHASE > 0
+    meeting, alive, running, best, improved_at, restarts, first, done, exact, step, held = state
+    t_own = blank_of(BM, P, RESIDENT)
+    change = t_own
+    # From z = 0 the first product is none.
+    depth = tl.where(tl.max(done, 0) == 0, 0, W)
+    if INIT:
+        depth = W + 0 * step
+    kind = kind_of(exact, step, LADDER)
+    if PHASE == 0 or PHASE == 2:
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
+            value, _, _ = hidden(
+                z, w1, low1, deltas, anchors + BM * W, vectors, group, depth, kind, W,
+                DG, P, BM, BK, PRECISION, LADDER,
+            )  # fmt: skip
+            tl.store(h + tile, value)
+            keep(value, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
+    meet(counter, meeting + 1, G, COOPERATIVE)
+    if PHASE == 0 or PHASE == 3:
+        sums = no_sums(BM, M, RESIDENT)
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
+            z_tile = tl.load(z + tile)
+            t, _, _, _, _ = evaluated(
+                h, w2, low2, deltas + BM * W, anchors + 3 * BM * W, vectors,
+                tl.load(packed + tile), z_tile, group, kind, W, DG, P, BM, BK, SKIP,
+                PRECISION, LADDER,
+            )  # fmt: skip
+            sums, t_own, change = record(held, t, z, f, g, group, step, sums, W, P, M, BM, RESIDENT)
+        share_sums(partials, step, first_group, sums, G, M, BM, SPREAD, RESIDENT)
+    meet(counter, meeting + 2, G, COOPERATIVE)
+    if PHASE == 0 or PHASE == 4:
+        if SPREAD:
+            sums = gather_sums(partials, step, G, M, BM, RESIDENT)
+        (
+            alive, running, best, improved_at, restarts, first, done, exact, step, held,
+        ) = finish(
+            held, t_own, change, z, best_f, best_g, f, g, anchors, deltas, gram, status,
+            steps, residual, trace, sums, step, max_steps, alive, running, best,
+            improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
+            first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE, False, True,
+            RESIDENT,
+        )  # fmt: skip
+    meeting += 3
+    meet(counter, meeting, G, COOPERATIVE)
+    if PHASE == 4:
+        store_rows(
+            saved, counters, first_group, alive, running, best, improved_at, restarts,
+            first, done, exact, step, BM,
+        )  # fmt: skip
+    return meeting, alive, running, best, improved_at, restarts, first, done, exact, step, held
+
+
+@triton.jit
+def modality_solve_rows(
+    block,
     x, init, present, out, status, steps, residual, trace, tolerance,
     w1, w2, low1, low2, vectors,
-    scratch, best_f, best_g, f, g, anchors, gram,
-    partials, counters, saved,
+    scratch, gram, partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     M: tl.constexpr, SKIP: tl.constexpr, INIT: tl.constexpr, PRESENT: tl.constexpr,
     TOLERANCE: tl.constexpr, TRACE: tl.constexpr, RELATIVE: tl.constexpr,
     PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr,
-    PHASE: tl.constexpr,
+    RESIDENT: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """The solve of BM rows of a modality; arguments and tiles: the head of this file."""
     W: tl.constexpr = G * P
     DG: tl.constexpr = DIM // G
-    SPREAD: tl.constexpr = COOPERATIVE or PHASE > 0
-    block = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1).to(tl.int64)
     count = tl.num_programs(1).to(tl.int64)
     begin = block * BM
@@ -120,20 +186,17 @@ def modality_solve_kernel(
     first_group, last_group = own_groups(G)
     unpacked = k * rows
     own = k * padded_rows + begin
-    history = count * padded_rows * W
     x, out = x + unpacked * DIM, out + unpacked * DIM
     status, steps = status + unpacked + begin, steps + unpacked + begin
     residual = residual + unpacked + begin
     trace = trace + (unpacked + begin) * max_steps * 2
-    # One pointer, and offsets that the compiler knows: three would not all find registers.
-    scratch = scratch + own * 3 * W
+    # One address, and distances that the compiler knows: more would not all find registers.
+    scratch = scratch + own * planes_of(5, M, LADDER) * W
     packed, z, h = scratch, scratch + BM * W, scratch + 2 * BM * W
-    best_f, best_g = best_f + own * W, best_g + own * W
-    f, g = f + own * W, g + own * W
-    anchors = anchors + own * 5 * W
-    deltas = deltas_of(anchors, W, BM, LADDER)
+    best_f, best_g, f = scratch + 3 * BM * W, scratch + 4 * BM * W, scratch + 5 * BM * W
+    g, anchors, deltas = history_of(f, W, BM, M, LADDER)
     gram = gram + (first_group * count * padded_rows + own) * (M * M)
-    place = k * tl.num_programs(0) + block
+    place = k * (padded_rows // BM) + block
     partials, counter = partials + place * (2 * SUMS * G * BM), counters + place
     saved = saved + (place * G + first_group) * (SAVED * BM)
     w1, w2, low1, low2 = w1 + k * W * W, w2 + k * W * W, low1 + k * W * W, low2 + k * W * W
@@ -141,6 +204,7 @@ def modality_solve_kernel(
     if TOLERANCE:
         rtol = tl.load(tolerance).to(tl.float32)
     meeting = 1
+    z_own = blank_of(BM, P, RESIDENT)
 
     if PHASE <= 1:
         alive = live
@@ -156,6 +220,8 @@ def modality_solve_kernel(
             if INIT:
                 start = load_true(init + unpacked * DIM, begin, local, live, group, column, DIM, DG)
             tl.store(z + tile, start)
+            if RESIDENT:
+                z_own = start
             known = alive[:, None] & (tl.abs(start) < float("inf"))
             tl.store(best_f + tile, tl.where(known, start, 0.0))
         meet(counter, meeting, G, COOPERATIVE)
@@ -170,54 +236,33 @@ def modality_solve_kernel(
 
     if PHASE == 0 or (PHASE > 1 and PHASE < 5):
         going = tl.max(alive.to(tl.int32), 0)
-        while going > 0:
-            # From z = 0 the first product is none.
-            depth = tl.where(tl.max(done, 0) == 0, 0, W)
-            if INIT:
-                depth = W + 0 * step
-            kind = kind_of(exact, step, LADDER)
-            if PHASE == 0 or PHASE == 2:
-                for group in range(first_group, last_group):
-                    tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
-                    value, _, _ = hidden(
-                        z, w1, low1, deltas, anchors + BM * W, vectors, group, depth, kind, W, DG,
-                        P, BM, BK, PRECISION, LADDER,
+        state = (
+            meeting, alive, running, best, improved_at, restarts, first, done, exact, step,
+            held_from(z_own, M, BM, P, RESIDENT),
+        )  # fmt: skip
+        if RESIDENT:
+            # Not `while`: with tiles to carry the compiler's layouts do not settle in one.
+            for _turn in range(0, max_steps):
+                if going > 0:
+                    state = modality_step(
+                        state, local, column, first_group, last_group, packed, z, h, best_f,
+                        best_g, f, g, anchors, deltas, counter, status, steps, residual, trace,
+                        w1, w2, low1, low2, vectors, gram, partials, counters, saved, max_steps,
+                        rtol, atol, ridge, mixing, DIM, G, P, BM, BK, M, SKIP, INIT, TRACE,
+                        RELATIVE, PRECISION, LADDER, COOPERATIVE, RESIDENT, PHASE,
                     )  # fmt: skip
-                    tl.store(h + tile, value)
-                    keep(value, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
-            meet(counter, meeting + 1, G, COOPERATIVE)
-            if PHASE == 0 or PHASE == 3:
-                g2, f2, dots = no_sums(BM)
-                for group in range(first_group, last_group):
-                    tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
-                    z_tile = tl.load(z + tile)
-                    t, _, _, _, _ = evaluated(
-                        h, w2, low2, deltas + BM * W, anchors + 3 * BM * W, vectors,
-                        tl.load(packed + tile), z_tile, group, kind, W, DG, P, BM, BK, SKIP,
-                        PRECISION, LADDER,
-                    )  # fmt: skip
-                    g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
-                share_sums(partials, step, first_group, g2, f2, dots, G, M, BM, SPREAD)
-            meet(counter, meeting + 2, G, COOPERATIVE)
-            if PHASE == 0 or PHASE == 4:
-                if SPREAD:
-                    g2, f2, dots = gather_sums(partials, step, G, M, BM)
-                alive, running, best, improved_at, restarts, first, done, exact, step = finish(
-                    z, best_f, best_g, f, g, history, anchors, deltas, gram, status, steps,
-                    residual, trace, g2, f2, dots, step, max_steps, alive, running, best,
-                    improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
-                    first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE, False, True,
+                    going = tl.max(state[1].to(tl.int32), 0)
+        else:
+            while going > 0:
+                state = modality_step(
+                    state, local, column, first_group, last_group, packed, z, h, best_f, best_g,
+                    f, g, anchors, deltas, counter, status, steps, residual, trace, w1, w2,
+                    low1, low2, vectors, gram, partials, counters, saved, max_steps, rtol, atol,
+                    ridge, mixing, DIM, G, P, BM, BK, M, SKIP, INIT, TRACE, RELATIVE, PRECISION,
+                    LADDER, COOPERATIVE, RESIDENT, PHASE,
                 )  # fmt: skip
-            meeting += 3
-            meet(counter, meeting, G, COOPERATIVE)
-            going = tl.max(alive.to(tl.int32), 0)
-            if PHASE == 4:
-                store_rows(
-                    saved, counters, first_group, alive, running, best, improved_at, restarts,
-                    first, done, exact, step, BM,
-                )  # fmt: skip
-            if PHASE > 0:
-                going = going * 0
+                going = tl.max(state[1].to(tl.int32), 0) if PHASE == 0 else going * 0
+        meeting = state[0]
 
     if PHASE == 0 or PHASE == 5:
         for group in range(first_group, last_group):
@@ -226,3 +271,40 @@ def modality_solve_kernel(
     leave(counter, meeting, G, COOPERATIVE)
     if PHASE == 5:
         forget_ended(counters)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "padded_rows", "max_steps"],
+    do_not_specialize_on_alignment=["init"],
+)
+def modality_solve_kernel(
+    x, init, present, out, status, steps, residual, trace, tolerance,
+    w1, w2, low1, low2, vectors,
+    scratch, gram, partials, counters, saved,
+    rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
+    DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    M: tl.constexpr, SKIP: tl.constexpr, INIT: tl.constexpr, PRESENT: tl.constexpr,
+    TOLERANCE: tl.constexpr, TRACE: tl.constexpr, RELATIVE: tl.constexpr,
+    PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr,
+    RESIDENT: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """A row block, or in schedule cooperative several one after the other."""
+    if COOPERATIVE:
+        for block in range(tl.program_id(0), padded_rows // BM, tl.num_programs(0)):
+            modality_solve_rows(
+                tl.zeros([], dtype=tl.int64) + block,
+                x, init, present, out, status, steps, residual, trace, tolerance, w1,
+                w2, low1, low2, vectors, scratch, gram, partials, counters, saved, rows,
+                padded_rows, max_steps, rtol, atol, ridge, mixing, DIM, G, P, BM, BK, M,
+                SKIP, INIT, PRESENT, TOLERANCE, TRACE, RELATIVE, PRECISION, LADDER,
+                COOPERATIVE, RESIDENT, PHASE,
+            )  # fmt: skip
+    else:
+        modality_solve_rows(
+            tl.program_id(0).to(tl.int64),
+            x, init, present, out, status, steps, residual, trace, tolerance, w1,
+            w2, low1, low2, vectors, scratch, gram, partials, counters, saved, rows,
+            padded_rows, max_steps, rtol, atol, ridge, mixing, DIM, G, P, BM, BK, M,
+            SKIP, INIT, PRESENT, TOLERANCE, TRACE, RELATIVE, PRECISION, LADDER,
+            COOPERATIVE, RESIDENT, PHASE,
+        )  # fmt: skip

@@ -15,7 +15,7 @@ Scratch (packed, W = G P, R' = R rounded up to BM), fp32: per row block 6 planes
 gradient, z, p, xhat_1 to xhat_3; best_f, best_g (N, R', W), the factors left, right (2 N, R', W);
 rstd (N, R', G, 4), rstd_1 to rstd_3 and what a row's g was divided by; history, gram, partials,
 counters and so on as in `kernels.modality`; sums (ceil(R / BM), 8, N, W). Weights forward (N, W, W)
-W_j^T, and backward W_j. Unpacked: gradient, state, x, dx (N, R, d). PHASE: 1 to 3 the
+W_j, and backward W_j^T. Unpacked: gradient, state, x, dx (N, R, d). PHASE: 1 to 3 the
 linearisation, 4 to 7 a step, 8 and 9 the VJP.
 Source: implicit function theorem; S. Bai et al., "Deep equilibrium models", NeurIPS 2019.
 """
@@ -29,7 +29,6 @@ from .modality import evaluated, hidden
 from .primitives import (
     EXACT,
     affine,
-    deltas_of,
     keep,
     ladder_product,
     load_true,
@@ -37,6 +36,7 @@ from .primitives import (
     standardise_vjp,
     store_true,
 )
+from .resident import blank_of, held_from
 from .scaling import divisor_of, largest_of, scales
 from .schedule import SUMS, gather, gather_largest, meet, own_groups, share
 from .solver import (
@@ -45,9 +45,11 @@ from .solver import (
     finish,
     fresh,
     gather_sums,
+    history_of,
     kind_of,
     load_rows,
     no_sums,
+    planes_of,
     record,
     report_nothing,
     share_sums,
@@ -98,23 +100,103 @@ def inner(
     return r, s, xhat1
 
 
-@triton.jit(do_not_specialize=["rows", "padded_rows", "max_steps"])
-def modality_adjoint_kernel(
+@triton.jit
+def modality_adjoint_step(
+    state,
+    local, column, first_group, last_group, unit, z, p, xhat, best_f, best_g, f, g, anchors,
+    deltas, s_rows, q_rows, z_rows, counter, status, steps, residual, b1, b2, lowb1, lowb2,
+    vectors, rstd, gram, partials, counters, saved, max_steps, rtol, atol, ridge, mixing,
+    DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    M: tl.constexpr, SKIP: tl.constexpr, TRUNCATED: tl.constexpr, RELATIVE: tl.constexpr,
+    PRECISION: tl.constexpr, LADDER: tl.constexpr, COOPERATIVE: tl.constexpr,
+    RESIDENT: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """An evaluation and what follows; state: what `finish` returns, after the meetings so far."""
+    W: tl.constexpr = G * P
+    DG: tl.constexpr = DIM // G
+    SPREAD: tl.constexpr = COOPERATIVE or PHASE > 0
+    meeting, alive, running, best, improved_at, restarts, first, done, exact, step, held = state
+    t_own = blank_of(BM, P, RESIDENT)
+    change = t_own
+    depth = tl.where(tl.max(done, 0) == 0, 0, W)
+    kind = kind_of(exact, step, LADDER)
+    if PHASE == 0 or PHASE == 4:
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
+            p_tile, q = outer(
+                tl.load(z + tile), xhat, rstd, vectors, z_rows, tile, local, group,
+                BM * W, W, G, DG, P, SKIP,
+            )  # fmt: skip
+            tl.store(q_rows + tile, q)
+            keep(q, anchors, deltas, tile, kind, LADDER)
+            if SKIP:
+                tl.store(p + tile, p_tile)
+    meet(counter, meeting + 1, G, COOPERATIVE)
+    if PHASE == 0 or PHASE == 5:
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            r = ladder_product(
+                q_rows, b2, lowb2, deltas, anchors + BM * W, group, depth, kind, W, BM,
+                P, BK, PRECISION, LADDER,
+            )  # fmt: skip
+            _, s, _ = inner(r, xhat, rstd, vectors, tile, local, group, W, G, DG, P)
+            tl.store(s_rows + tile, s)
+            keep(s, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
+    meet(counter, meeting + 2, G, COOPERATIVE)
+    if PHASE == 0 or PHASE == 6:
+        totals = no_sums(BM, M, RESIDENT)
+        for group in range(first_group, last_group):
+            tile = local[:, None] * W + (group * P + column)[None, :]
+            t = ladder_product(
+                s_rows, b1, lowb1, deltas + BM * W, anchors + 3 * BM * W, group, depth,
+                kind, W, BM, P, BK, PRECISION, LADDER,
+            )  # fmt: skip
+            t += tl.load(unit + tile)
+            if SKIP:
+                t += tl.load(p + tile)
+            totals, t_own, change = record(
+                held, t, z, f, g, group, step, totals, W, P, M, BM, RESIDENT
+            )
+        share_sums(partials, step, first_group, totals, G, M, BM, SPREAD, RESIDENT)
+    meet(counter, meeting + 3, G, COOPERATIVE)
+    if PHASE == 0 or PHASE == 7:
+        if SPREAD:
+            totals = gather_sums(partials, step, G, M, BM, RESIDENT)
+        (
+            alive, running, best, improved_at, restarts, first, done, exact, step, held,
+        ) = finish(
+            held, t_own, change, z, best_f, best_g, f, g, anchors, deltas, gram, status,
+            steps, residual, residual, totals, step, max_steps, alive, running, best,
+            improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
+            first_group, last_group, W, P, M, BM, RELATIVE, LADDER, False, TRUNCATED,
+            False, RESIDENT,
+        )  # fmt: skip
+    tl.debug_barrier()
+    meeting += 3
+    if PHASE == 7:
+        store_rows(
+            saved, counters, first_group, alive, running, best, improved_at, restarts,
+            first, done, exact, step, BM,
+        )  # fmt: skip
+    return meeting, alive, running, best, improved_at, restarts, first, done, exact, step, held
+
+
+@triton.jit
+def modality_adjoint_rows(
+    block,
     gradient, state, solved, x, present, dx, status, steps, residual,
     w1, w2, b1, b2, lowb1, lowb2, vectors,
-    scratch, best_f, best_g, rstd, left, right, sums, f, g, anchors,
-    gram, partials, counters, saved,
+    scratch, rstd, left, right, sums, gram, partials, counters, saved,
     rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
     DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     M: tl.constexpr, SKIP: tl.constexpr, PRESENT: tl.constexpr, TRUNCATED: tl.constexpr,
     RELATIVE: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
-    COOPERATIVE: tl.constexpr, PHASE: tl.constexpr,
+    COOPERATIVE: tl.constexpr, RESIDENT: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of BM rows of a modality; arguments and tiles: the head of this file."""
     W: tl.constexpr = G * P
     DG: tl.constexpr = DIM // G
     SPREAD: tl.constexpr = COOPERATIVE or PHASE > 0
-    block = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1).to(tl.int64)
     count = tl.num_programs(1).to(tl.int64)
     begin = block * BM
@@ -124,23 +206,22 @@ def modality_adjoint_kernel(
     first_group, last_group = own_groups(G)
     unpacked = k * rows
     own = k * padded_rows + begin
-    history = count * padded_rows * W
+    factors = count * padded_rows * W
     gradient, state = gradient + unpacked * DIM, state + unpacked * DIM
     x, dx = x + unpacked * DIM, dx + unpacked * DIM
     status, steps = status + unpacked + begin, steps + unpacked + begin
     residual = residual + unpacked + begin
-    # One pointer, and offsets that the compiler knows: six would not all find registers.
-    scratch = scratch + own * 6 * W
+    # One address, as in `kernels.modality`.
+    scratch = scratch + own * planes_of(8, M, LADDER) * W
     unit, z, p, xhat = scratch, scratch + BM * W, scratch + 2 * BM * W, scratch + 3 * BM * W
-    best_f, best_g = best_f + own * W, best_g + own * W
-    f, g, rstd = f + own * W, g + own * W, rstd + own * (4 * G)
-    anchors = anchors + own * 5 * W
-    deltas = deltas_of(anchors, W, BM, LADDER)
+    best_f, best_g, f = scratch + 6 * BM * W, scratch + 7 * BM * W, scratch + 8 * BM * W
+    g, anchors, deltas = history_of(f, W, BM, M, LADDER)
+    rstd = rstd + own * (4 * G)
     # Factors of dW_1 and dW_2, one after the other: s and z*, q and h.
-    s_rows, q_rows = left + own * W, left + (history + own * W)
-    z_rows, h_rows = right + own * W, right + (history + own * W)
+    s_rows, q_rows = left + own * W, left + (factors + own * W)
+    z_rows, h_rows = right + own * W, right + (factors + own * W)
     gram = gram + (first_group * count * padded_rows + own) * (M * M)
-    place = k * tl.num_programs(0) + block
+    place = k * (padded_rows // BM) + block
     partials, counter = partials + place * (2 * SUMS * G * BM), counters + place
     saved = saved + (place * G + first_group) * (SAVED * BM)
     w1, w2, b1, b2 = w1 + k * W * W, w2 + k * W * W, b1 + k * W * W, b2 + k * W * W
@@ -227,65 +308,34 @@ def modality_adjoint_kernel(
 
     if PHASE == 0 or (PHASE > 3 and PHASE < 8):
         going = tl.max(alive.to(tl.int32), 0)
-        while going > 0:
-            depth = tl.where(tl.max(done, 0) == 0, 0, W)
-            kind = kind_of(exact, step, LADDER)
-            if PHASE == 0 or PHASE == 4:
-                for group in range(first_group, last_group):
-                    tile = local[:, None] * W + (group * P + column)[None, :]  # [BM, P]
-                    p_tile, q = outer(
-                        tl.load(z + tile), xhat, rstd, vectors, z_rows, tile, local, group, BM * W,
-                        W, G, DG, P, SKIP,
+        state = (
+            meeting, alive, running, best, improved_at, restarts, first, done, exact, step,
+            held_from(blank_of(BM, P, RESIDENT), M, BM, P, RESIDENT),
+        )  # fmt: skip
+        if RESIDENT:
+            # Not `while`: with tiles to carry the compiler's layouts do not settle in one.
+            for _turn in range(0, max_steps):
+                if going > 0:
+                    state = modality_adjoint_step(
+                        state, local, column, first_group, last_group, unit, z, p, xhat, best_f,
+                        best_g, f, g, anchors, deltas, s_rows, q_rows, z_rows, counter, status,
+                        steps, residual, b1, b2, lowb1, lowb2, vectors, rstd, gram, partials,
+                        counters, saved, max_steps, rtol, atol, ridge, mixing, DIM, G, P, BM,
+                        BK, M, SKIP, TRUNCATED, RELATIVE, PRECISION, LADDER, COOPERATIVE,
+                        RESIDENT, PHASE,
                     )  # fmt: skip
-                    tl.store(q_rows + tile, q)
-                    keep(q, anchors, deltas, tile, kind, LADDER)
-                    if SKIP:
-                        tl.store(p + tile, p_tile)
-            meet(counter, meeting + 1, G, COOPERATIVE)
-            if PHASE == 0 or PHASE == 5:
-                for group in range(first_group, last_group):
-                    tile = local[:, None] * W + (group * P + column)[None, :]
-                    r = ladder_product(
-                        q_rows, b2, lowb2, deltas, anchors + BM * W, group, depth, kind, W, BM, P,
-                        BK, PRECISION, LADDER,
-                    )  # fmt: skip
-                    _, s, _ = inner(r, xhat, rstd, vectors, tile, local, group, W, G, DG, P)
-                    tl.store(s_rows + tile, s)
-                    keep(s, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
-            meet(counter, meeting + 2, G, COOPERATIVE)
-            if PHASE == 0 or PHASE == 6:
-                g2, f2, dots = no_sums(BM)
-                for group in range(first_group, last_group):
-                    tile = local[:, None] * W + (group * P + column)[None, :]
-                    t = ladder_product(
-                        s_rows, b1, lowb1, deltas + BM * W, anchors + 3 * BM * W, group, depth,
-                        kind, W, BM, P, BK, PRECISION, LADDER,
-                    )  # fmt: skip
-                    t += tl.load(unit + tile)
-                    if SKIP:
-                        t += tl.load(p + tile)
-                    g2, f2, dots = record(t, z, f, g, history, tile, step, g2, f2, dots, M)
-                share_sums(partials, step, first_group, g2, f2, dots, G, M, BM, SPREAD)
-            meet(counter, meeting + 3, G, COOPERATIVE)
-            if PHASE == 0 or PHASE == 7:
-                if SPREAD:
-                    g2, f2, dots = gather_sums(partials, step, G, M, BM)
-                alive, running, best, improved_at, restarts, first, done, exact, step = finish(
-                    z, best_f, best_g, f, g, history, anchors, deltas, gram, status, steps,
-                    residual, residual, g2, f2, dots, step, max_steps, alive, running, best,
-                    improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
-                    first_group, last_group, W, P, M, BM, RELATIVE, LADDER, False, TRUNCATED, False,
+                    going = tl.max(state[1].to(tl.int32), 0)
+        else:
+            while going > 0:
+                state = modality_adjoint_step(
+                    state, local, column, first_group, last_group, unit, z, p, xhat, best_f,
+                    best_g, f, g, anchors, deltas, s_rows, q_rows, z_rows, counter, status,
+                    steps, residual, b1, b2, lowb1, lowb2, vectors, rstd, gram, partials,
+                    counters, saved, max_steps, rtol, atol, ridge, mixing, DIM, G, P, BM, BK, M,
+                    SKIP, TRUNCATED, RELATIVE, PRECISION, LADDER, COOPERATIVE, RESIDENT, PHASE,
                 )  # fmt: skip
-            tl.debug_barrier()
-            meeting += 3
-            going = tl.max(alive.to(tl.int32), 0)
-            if PHASE == 7:
-                store_rows(
-                    saved, counters, first_group, alive, running, best, improved_at, restarts,
-                    first, done, exact, step, BM,
-                )  # fmt: skip
-            if PHASE > 0:
-                going = going * 0
+                going = tl.max(state[1].to(tl.int32), 0) if PHASE == 0 else going * 0
+        meeting = state[0]
 
     # The final VJP, with lambda in place of its unit.
     tl.debug_barrier()
@@ -310,10 +360,43 @@ def modality_adjoint_kernel(
     if PHASE == 0 or PHASE == 9:
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]
-            r = product(q_rows, b2 + group * P, W, W, BM, P, BK, PRECISION)
+            r = product(q_rows, b2 + group * P * W, W, W, BM, P, BK, PRECISION)
             r, s, xhat1 = inner(r, xhat, rstd, vectors, tile, local, group, W, G, DG, P)
             tl.store(s_rows + tile, s)
             row = sums + (block * 8 * count + k) * W + group * P + column
             tl.store(row, tl.sum(s, 0))
             tl.store(row + count * W, tl.sum(r * xhat1, 0))
             tl.store(row + 2 * count * W, tl.sum(r, 0))
+
+
+@triton.jit(do_not_specialize=["rows", "padded_rows", "max_steps"])
+def modality_adjoint_kernel(
+    gradient, state, solved, x, present, dx, status, steps, residual,
+    w1, w2, b1, b2, lowb1, lowb2, vectors,
+    scratch, rstd, left, right, sums, gram, partials, counters, saved,
+    rows, padded_rows, max_steps, rtol, atol, ridge, mixing,
+    DIM: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    M: tl.constexpr, SKIP: tl.constexpr, PRESENT: tl.constexpr, TRUNCATED: tl.constexpr,
+    RELATIVE: tl.constexpr, PRECISION: tl.constexpr, LADDER: tl.constexpr,
+    COOPERATIVE: tl.constexpr, RESIDENT: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """A row block, or in schedule cooperative several one after the other."""
+    if COOPERATIVE:
+        for block in range(tl.program_id(0), padded_rows // BM, tl.num_programs(0)):
+            modality_adjoint_rows(
+                tl.zeros([], dtype=tl.int64) + block,
+                gradient, state, solved, x, present, dx, status, steps, residual, w1,
+                w2, b1, b2, lowb1, lowb2, vectors, scratch, rstd, left, right, sums,
+                gram, partials, counters, saved, rows, padded_rows, max_steps, rtol,
+                atol, ridge, mixing, DIM, G, P, BM, BK, M, SKIP, PRESENT, TRUNCATED,
+                RELATIVE, PRECISION, LADDER, COOPERATIVE, RESIDENT, PHASE,
+            )  # fmt: skip
+    else:
+        modality_adjoint_rows(
+            tl.program_id(0).to(tl.int64),
+            gradient, state, solved, x, present, dx, status, steps, residual, w1,
+            w2, b1, b2, lowb1, lowb2, vectors, scratch, rstd, left, right, sums,
+            gram, partials, counters, saved, rows, padded_rows, max_steps, rtol,
+            atol, ridge, mixing, DIM, G, P, BM, BK, M, SKIP, PRESENT, TRUNCATED,
+            RELATIVE, PRECISION, LADDER, COOPERATIVE, RESIDENT, PHASE,
+        )  # fmt: skip

@@ -1,10 +1,10 @@
 r"""Packed parameters of one block or of both, in one launch: what the programs read.
 
-    forward    W^T, (J, K, in, out), for products x W^T          fp32
+    forward    W, (J, K, out, in), for products x W^T            fp32
     vectors    (K, V, W)                                         fp32
     low        the one that iterates, for the ladder's steps     bfloat16
     counters   of the schedules, 0 before and after a solve      int32
-    backward   W, (J, K, out, in), for products x W              fp32
+    backward   W^T, (J, K, in, out), for products x W            fp32
 
 A program owns a tile [BT, BT] of a weight, or one vector of a modality and some counters. Padding
 is zero (`kernels.layout`). The tensors of a block are views of one, in this order, so that
@@ -18,14 +18,17 @@ Source: none but the layout's, `kernels.layout`.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import PACKED, Constants, Part
 from .config import COUNTERS, Config
 from .launch import launch
 from .layout import Layout, packed_sizes
@@ -34,34 +37,49 @@ from .layout import Layout, packed_sizes
 class Packed(NamedTuple):
     """As the head of this file has them; backward and low are empty if not asked for."""
 
-    forward: Tensor
-    vectors: Tensor
-    low: Tensor
-    counters: Tensor
-    backward: Tensor
+    forward: Part
+    vectors: Part
+    low: Part
+    counters: Part
+    backward: Part
 
     @staticmethod
+    @functools.cache
     def of(
-        flat: Tensor, layout: Layout, jobs: int, count: int, vectors: int, low: bool,
-        backward: bool = False,
+        layout: Layout, jobs: int, count: int, vectors: int, low: bool, backward: bool = False,
+        buffer: int = PACKED,
     ) -> Packed:  # fmt: skip
-        """Views of the one tensor that holds all; arguments as those of `packed_sizes`."""
+        """Parts of the one tensor that holds all; arguments as those of `packed_sizes`."""
         width = layout.width
-        parts = flat.split(packed_sizes(layout, jobs, count, vectors, low, backward))
         shape = jobs, count, width, width
         none = 0, count, width, width
+        sizes = packed_sizes(layout, jobs, count, vectors, low, backward)
+        starts = [4 * start for start in itertools.accumulate(sizes, initial=0)]
         return Packed(
-            parts[0].view(shape), parts[1].view(count, vectors, width),
-            parts[2].view(torch.bfloat16).view(shape if low else none), parts[3].view(torch.int32),
-            parts[4].view(shape if backward else none),
+            Part(buffer, starts[0], shape), Part(buffer, starts[1], (count, vectors, width)),
+            Part(buffer, starts[2], shape if low else none, torch.bfloat16),
+            Part(buffer, starts[3], sizes[3:4], torch.int32),
+            Part(buffer, starts[4], shape if backward else none),
         )  # fmt: skip
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor, fp32."""
+        return self.backward.end // 4
 
 
 class Parameters(NamedTuple):
-    """Two or three weights (K, d, d) and up to eight vectors (K, d) of a block."""
+    """Two or three weights (K, d, d) and up to eight vectors (K, d) of a block; of K = 1 also
+    without that dimension."""
 
     weights: Sequence[Tensor]
     vectors: Sequence[Tensor]
+
+    @property
+    def modalities(self) -> int:
+        """K."""
+        first = self.weights[0]
+        return first.shape[0] if first.dim() == 3 else 1
 
 
 @triton.jit
@@ -78,11 +96,11 @@ def _weight(
     base = place.to(tl.int64) * (W * W)
     straight = base + rows[:, None] * W + columns[None, :]
     turned = base + columns[None, :] * W + rows[:, None]
-    tl.store(forward + turned, value)
+    tl.store(forward + straight, value)
     if BACKWARD:
-        tl.store(backward + straight, value)
+        tl.store(backward + turned, value)
     if LOW:
-        tl.store(low + (straight if BACKWARD else turned), value.to(tl.bfloat16))
+        tl.store(low + (turned if BACKWARD else straight), value.to(tl.bfloat16))
 
 
 @triton.jit
@@ -171,42 +189,69 @@ def packed(
 ) -> list[Tensor]:  # fmt: skip
     """Packs the parameters of a block, and of another with K = 1, and clears their counters.
 
-    The weights' columns must be next to each other; vectors are made contiguous. Returns one tensor
-    for each block, which `Packed.of` cuts.
+    Weights whose rows are not evenly spaced and vectors are made contiguous. Returns one tensor
+    for each block, of which `Packed.of` names the parts.
     """
-    width, like = layout.width, block.weights[0]
-    count = like.shape[0]
-    flats, arguments = [], []
-    for parameters in (block, other or block):
-        jobs, vectors = len(parameters.weights), [v.contiguous() for v in parameters.vectors]
-        # Half of the columns of a gate's weight is read as it lies; anything stranger is copied.
-        weights = [
-            w if w.stride(2) == 1 and w.stride(0) == w.shape[1] * w.stride(1) else w.contiguous()
-            for w in parameters.weights
-        ]
-        shape = layout, jobs, weights[0].shape[0], len(vectors), low, backward
-        if parameters is not block or not flats:
-            flats.append(like.new_empty(sum(packed_sizes(*shape)), dtype=torch.float32))
-        more = [*weights, *([weights[0]] * (3 - jobs))]
-        arguments += [
-            *more, *(w.stride(1) for w in more), *vectors,
-            *([vectors[0]] * (8 - len(vectors))), *Packed.of(flats[-1], *shape),
-        ]  # fmt: skip
-    tile = 32 if width % 32 == 0 else 16
-    jobs, more_jobs = len(block.weights), len(other.weights) if other else 0
-    most = max(len(block.vectors), len(other.vectors) if other else 0)
-    launch(
-        pack_kernel,
-        (
-            max((width // tile) ** 2, most), count,
-            jobs + 1 + (more_jobs + 1 if other else 0),
-        ),
-        tuple(arguments),
-        {
-            "J": jobs, "V": len(block.vectors), "OTHER_J": more_jobs,
-            "OTHER_V": len(other.vectors) if other else 0, "DIM": layout.dim, "G": layout.groups,
-            "P": layout.padded, "BT": tile, "LOW": low, "COUNTERS": COUNTERS, "BACKWARD": backward,
-        },
-        Config(warps=4), f"{count} x {jobs} weights of {layout.dim}",
-    )  # fmt: skip
+    like, blocks = block.weights[0], (block,) if other is None else (block, other)
+    shapes = tuple((len(b.weights), b.modalities, len(b.vectors)) for b in blocks)
+    grid, constants, parts, shape = _how(layout, shapes, low, backward)
+    flats = [like.new_empty(each.numel, dtype=torch.float32) for each in parts]
+    arguments: list[Any] = []
+    for place, (weights, vectors) in enumerate(blocks):
+        _add(arguments, weights, vectors)
+        arguments += parts[place]
+    if other is None:
+        arguments *= 2
+    launch(pack_kernel, grid, tuple(arguments), constants, PACKING, shape, buffers=flats)
     return flats
+
+
+PACKING = Config(warps=4)
+
+
+def _add(arguments: list[Any], weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
+    """Three weights, their row strides and eight vectors; the first stands for those missing."""
+    kept, strides = [], []
+    for w in weights:
+        if w.is_contiguous():
+            strides.append(w.shape[-1])
+        else:
+            # Half of the columns of a gate's weight is read as it lies; anything stranger is not.
+            *outer, rows, columns = w.stride()
+            if columns != 1 or (outer and outer[0] != w.shape[1] * rows):
+                w, rows = w.contiguous(), w.shape[-1]
+            strides.append(rows)
+        kept.append(w)
+    for _ in range(3 - len(kept)):
+        kept.append(kept[0])
+        strides.append(strides[0])
+    arguments += kept
+    arguments += strides
+    arguments += [v.contiguous() for v in vectors]
+    arguments += [vectors[0]] * (8 - len(vectors))
+
+
+@functools.lru_cache(maxsize=256)
+def _how(
+    layout: Layout, shapes: tuple[tuple[int, int, int], ...], low: bool, backward: bool
+) -> tuple[tuple[int, int, int], Constants, tuple[Packed, ...], str]:
+    """Grid, constants, parts of every block's tensor and words for errors.
+
+    Args:
+        shapes: J, K and V of the block, and of the other where there is one.
+    """
+    (jobs, count, vectors), (more_jobs, _, more_vectors) = (*shapes, (0, 1, 0))[:2]
+    tile = 32 if layout.width % 32 == 0 else 16
+    grid = (
+        max((layout.width // tile) ** 2, vectors, more_vectors), count,
+        jobs + 1 + (more_jobs + 1 if more_jobs else 0),
+    )  # fmt: skip
+    constants = Constants({
+        "J": jobs, "V": vectors, "OTHER_J": more_jobs, "OTHER_V": more_vectors,
+        "DIM": layout.dim, "G": layout.groups, "P": layout.padded, "BT": tile, "LOW": low,
+        "COUNTERS": COUNTERS, "BACKWARD": backward,
+    })  # fmt: skip
+    parts = tuple(
+        Packed.of(layout, *each, low, backward, place) for place, each in enumerate(shapes)
+    )
+    return grid, constants, parts, f"{count} x {jobs} weights of {layout.dim}"

@@ -3,7 +3,7 @@ r"""Device functions that every program is composed of: products, GroupNorm and 
 Tiles are BM rows by one padded group of P columns (`kernels.layout`), of which the first DG are
 true; accumulators and statistics are fp32.
 
-    product          acc = sum_k a[rows, k] W[k, group]                               [BM, P]
+    product          acc = sum_k a[rows, k] W[group, k]                               [BM, P]
     standardise      xhat = (x - mean) rstd,   rstd = 1 / sqrt(var + eps)             [BM, P], [BM]
     standardise_vjp  N(v) = rstd (v - mean(v) - xhat mean(v xhat))                    [BM, P]
 
@@ -34,18 +34,19 @@ def product(
     a, w, depth, W: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BM rows times one group of columns of a packed weight: [BM, P].
+    """BM rows times one group of a packed weight's outputs, each a row of its own: [BM, P].
 
-    a: the program's first row, of W channels; w: row 0 of the group's columns (both scalar
-    pointers; offsets from them fit 32 bits); depth: channels to sum (0: none).
+    a: the program's first row, of W channels; w: the group's first output (both scalar pointers;
+    offsets from them fit 32 bits); depth: channels to sum (0: none).
     """
     acc = tl.zeros([BM, P], dtype=tl.float32)
     k = tl.arange(0, BK)
     rows = tl.arange(0, BM)[:, None] * W
-    columns = tl.arange(0, P)[None, :]
+    outputs = tl.arange(0, P)[:, None] * W
     for start in range(0, depth, BK):
         left = tl.load(a + (rows + (start + k)[None, :]))  # [BM, BK]
-        right = tl.load(w + ((start + k)[:, None] * W + columns))  # [BK, P]
+        # Summed channels next to one another, as matrix instructions take them in 32 bits.
+        right = tl.trans(tl.load(w + (outputs + (start + k)[None, :])))  # [BK, P]
         if PRECISION == "low":
             acc = tl.dot(left.to(tl.bfloat16), right.to(tl.bfloat16), acc)
         elif PRECISION == "rounded":
@@ -68,16 +69,16 @@ def ladder_product(
     ANCHORED  a w, kept in through
     EXACT     a w
 
-    w, low: row 0 of all columns; delta, through: rows of W channels as a, of `keep` and here.
+    w, low: the first output of all; delta, through: rows of W channels as a, of `keep` and here.
     """
     if LADDER == "":
-        acc = product(a, w + group * P, depth, W, BM, P, BK, PRECISION)
+        acc = product(a, w + group * P * W, depth, W, BM, P, BK, PRECISION)
     else:
         acc = tl.zeros([BM, P], dtype=tl.float32)
         if kind == NEAR:
-            acc = product(delta, low + group * P, depth, W, BM, P, BK, LADDER)
+            acc = product(delta, low + group * P * W, depth, W, BM, P, BK, LADDER)
         else:
-            acc = product(a, w + group * P, depth, W, BM, P, BK, PRECISION)
+            acc = product(a, w + group * P * W, depth, W, BM, P, BK, PRECISION)
         # Masked, and not in the branches: there the compiler spilled.
         tile = tl.arange(0, BM)[:, None] * W + (group * P + tl.arange(0, P))[None, :]
         every = tl.zeros([BM, P], dtype=tl.int32) + kind
@@ -97,16 +98,6 @@ def keep(value, origin, delta, tile, kind, LADDER: tl.constexpr):
         apart = value - tl.load(origin + tile, mask=every == NEAR, other=0.0)
         tl.store(delta + tile, apart.to(tl.bfloat16), mask=every == NEAR)
         tl.store(origin + tile, value, mask=every == ANCHORED)
-
-
-@triton.jit
-def deltas_of(anchors, W: tl.constexpr, BM: tl.constexpr, LADDER: tl.constexpr):
-    """Where a row block's deltas are, two planes [BM, W] behind the four of its anchors."""
-    if LADDER == "":
-        deltas = anchors
-    else:
-        deltas = (anchors + 4 * BM * W).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-    return deltas
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def share(partials, slot: tl.constexpr, value, group, BM: tl.constexpr):
 def gather(partials, slot: tl.constexpr, BM: tl.constexpr, G: tl.constexpr):
     """Sum number `slot` [BM] over all groups, in their order."""
     total = tl.zeros([BM], dtype=tl.float32)
-    for group in range(0, G):
+    for group in tl.static_range(G):
         total += tl.load(partials + (group * SUMS + slot) * BM + tl.arange(0, BM))
     return total
 
@@ -78,7 +78,7 @@ def gather(partials, slot: tl.constexpr, BM: tl.constexpr, G: tl.constexpr):
 def gather_largest(partials, slot: tl.constexpr, BM: tl.constexpr, G: tl.constexpr):
     """The largest over all groups of what they shared as sum number `slot`, at least 0: [BM]."""
     largest = tl.zeros([BM], dtype=tl.float32)
-    for group in range(0, G):
+    for group in tl.static_range(G):
         value = tl.load(partials + (group * SUMS + slot) * BM + tl.arange(0, BM))
         largest = tl.maximum(largest, value)
     return largest

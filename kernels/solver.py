@@ -31,6 +31,7 @@ import triton.language as tl
 
 from .anderson import SLOTS, column_of, mixture, remember, valid, with_column
 from .primitives import ANCHORED, EXACT, NEAR
+from .resident import advance_held, gather_all, share_all, sums_of
 from .schedule import SUMS, gather, share
 
 PATIENCE = tl.constexpr(20)
@@ -44,42 +45,113 @@ AT_MAX_STEPS = tl.constexpr(1)
 STAGNATED = tl.constexpr(2)
 NON_FINITE = tl.constexpr(3)
 SAVED = tl.constexpr(9)
+HELD = tl.constexpr(2048)
+"""Elements of a part of a tile, of which one for every slot of the history is held at once."""
 
 
 @triton.jit
-def record(t, z, f, g, history, tile, step, g2, f2, dots, M: tl.constexpr):
+def planes_of(own: tl.constexpr, M: tl.constexpr, LADDER: tl.constexpr):
+    """Planes (BM, W) of a row block's scratch, of which `own` are the kernel's and come first."""
+    return own + 2 * (M if M > 0 else 1) + (0 if LADDER == "" else 5)
+
+
+@triton.jit
+def history_of(f, W: tl.constexpr, BM: tl.constexpr, M: tl.constexpr, LADDER: tl.constexpr):
+    """g, anchors and deltas, which follow the slots of f in a row block's scratch.
+
+    On the ladder: four planes in fp32, and two in bfloat16; else the last are g.
+    """
+    g = f + (M if M > 0 else 1) * BM * W
+    if LADDER == "":
+        anchors = g
+        deltas = g
+    else:
+        anchors = g + M * BM * W if M > 0 else g + BM * W
+        deltas = (anchors + 4 * BM * W).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    return g, anchors, deltas
+
+
+@triton.jit
+def record(
+    held, t, z, f, g, group, step, sums,
+    W: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
     """Stores an evaluation t [BM, P] of z and its residual in the newest slot of the history.
 
-    Returns g2, f2 [BM] and dots [BM, 8] with this group's part added.
+    Returns the sums (||g||^2, ||f||^2 [BM], products of residuals [BM, 8]) with this group's part
+    added, and t and its residual where a program is RESIDENT (`kernels.resident`): it stores
+    nothing.
     """
-    newest = (step % M).to(tl.int64) if M > 0 else tl.zeros([], tl.int64)
+    if RESIDENT:
+        # Read by whole rows, whose sums then stay within a warp.
+        tile = tl.arange(0, BM)[:, None] * W + (group * P + tl.arange(0, P))[None, :]
+        tl.store(f + tile, t)
+        tl.debug_barrier()
+        t = tl.load(f + tile)
+        change = t - held[0]
+        sums = sums_of(t, change, held[2], M)
+    else:
+        change = held[0]
+        sums = recorded(t, z, f, g, group, step, sums, W, P, M, BM)
+        t = change
+    return sums, t, change
+
+
+@triton.jit
+def recorded(
+    t, z, f, g, group, step, sums,
+    W: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """`record` in global memory; returns the sums."""
+    g2, f2, dots = sums
+    C: tl.constexpr = P if BM * P <= HELD else HELD // BM
+    rows = tl.arange(0, BM)[:, None] * W + group * P
+    tile = rows + tl.arange(0, P)[None, :]
+    newest = step % M if M > 0 else 0 * step
     f2 += tl.sum(t * t, 1)
-    tl.store(f + newest * history + tile, t)
+    tl.store(f + newest * (BM * W) + tile, t)
     change = t - tl.load(z + tile)
-    g2 += tl.sum(change * change, 1)
-    tl.store(g + newest * history + tile, change)
+    own = tl.sum(change * change, 1)
+    g2 += own
+    tl.store(g + newest * (BM * W) + tile, change)
     if M == 1:
         dots = with_column(dots, 0, tl.sum(t * change, 1))
     elif M > 1:
-        dots = with_column(dots, newest, tl.sum(change * change, 1))
-        # Slots that nothing was stored in yet are not read.
-        for back in range(1, tl.minimum(M, step + 1)):
-            j = (step - back) % M
-            other = tl.load(g + j.to(tl.int64) * history + tile)
-            dots = with_column(dots, j, tl.sum(other * change, 1))
+        dots = with_column(dots, newest, own)
+        # Other threads read what was stored.
+        tl.debug_barrier()
+        for start in range(0, P, C):
+            part = rows + (start + tl.arange(0, C))[None, :]
+            new = tl.load(g + newest * (BM * W) + part)
+            dots = products_of(new, g, part, step, dots, BM * W, M)
     return g2, f2, dots
 
 
 @triton.jit
+def products_of(change, g, part, step, dots, SLOT: tl.constexpr, M: tl.constexpr):
+    """dots [BM, 8] and the products of a tile of the newest residual with the older ones."""
+    # Unrolled, so that no load waits for the one before. What no slot holds yet is not read.
+    for past in tl.static_range(1, M):
+        j = (step - past + M) % M
+        held = tl.zeros(change.shape, dtype=tl.int32) + step >= past
+        other = tl.load(g + j * SLOT + part, mask=held, other=0.0)
+        dots = with_column(dots, j, tl.sum(other * change, 1))
+    return dots
+
+
+@triton.jit
 def share_sums(
-    partials, step, group, g2, f2, dots,
-    G: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, SPREAD: tl.constexpr,
+    partials, step, group, sums, G: tl.constexpr, M: tl.constexpr, BM: tl.constexpr,
+    SPREAD: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Stores a group's part of g2, f2 [BM] and dots [BM, 8] where the groups are programs.
+    """Stores a group's part of the sums of `record` where the groups are programs.
 
     partials: (2, G, SUMS, BM), of this row block; the two halves serve even and odd steps.
     """
-    if SPREAD:
+    if RESIDENT:
+        share_all(partials, step, group, sums, G, M, BM)
+    elif SPREAD:
+        g2, f2, dots = sums
         here = partials + (step % 2) * (G * SUMS * BM)
         share(here, 0, g2, group, BM)
         share(here, 1, f2, group, BM)
@@ -89,15 +161,21 @@ def share_sums(
 
 
 @triton.jit
-def gather_sums(partials, step, G: tl.constexpr, M: tl.constexpr, BM: tl.constexpr):
-    """g2, f2 [BM] and dots [BM, 8] over all groups, from what `share_sums` stored."""
-    here = partials + (step % 2) * (G * SUMS * BM)
-    dots = tl.zeros([BM, SLOTS], dtype=tl.float32)
-    if M > 0:
-        slot = (tl.arange(0, SLOTS)[None, :] + 2) * BM + tl.arange(0, BM)[:, None]
-        for group in range(0, G):
-            dots += tl.load(here + group * (SUMS * BM) + slot)
-    return gather(here, 0, BM, G), gather(here, 1, BM, G), dots
+def gather_sums(
+    partials, step, G: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RESIDENT: tl.constexpr
+):
+    """The sums of `record` over all groups, from what `share_sums` stored."""
+    if RESIDENT:
+        sums = gather_all(partials, step, G, M, BM)
+    else:
+        here = partials + (step % 2) * (G * SUMS * BM)
+        dots = tl.zeros([BM, SLOTS], dtype=tl.float32)
+        if M > 0:
+            slot = (tl.arange(0, SLOTS)[None, :] + 2) * BM + tl.arange(0, BM)[:, None]
+            for group in tl.static_range(G):
+                dots += tl.load(here + group * (SUMS * BM) + slot)
+        sums = (gather(here, 0, BM, G), gather(here, 1, BM, G), dots)
+    return sums
 
 
 @triton.jit
@@ -150,7 +228,7 @@ def astray(gn, fn, moving, best, restarts, RESTART: tl.constexpr):
 
 @triton.jit
 def advance(
-    z, best_f, best_g, f, g, history, anchors, deltas, gram, dots, step, first, ridge, mixing,
+    z, best_f, best_g, f, g, anchors, deltas, gram, dots, step, first, ridge, mixing,
     improved, moving, lost, restarts, kind, first_group, last_group,
     W: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr,
     TRUNCATED: tl.constexpr, LADDER: tl.constexpr,
@@ -158,30 +236,32 @@ def advance(
     """Stores the best iterates of improved rows and the next iterates of moving ones.
 
     z, best_f, best_g: scalar pointers to the program's first row of W channels; f, g: the same in
-    slot 0 of the history, whose slots are `history` elements apart; restarts counts this one. With
+    slot 0 of the history, whose slots are next to one another; restarts counts this one. With
     a LADDER z is a factor of products, of which anchors has the origin and deltas the difference.
     """
-    newest = (step % M).to(tl.int64) if M > 0 else tl.zeros([], tl.int64)
+    newest = step % M if M > 0 else 0 * step
     rows = tl.arange(0, BM)[:, None] * W
     if M > 1:
         remember(gram, dots, step, M, BM)
         tl.debug_barrier()
         weights = mixture(gram, step, first, ridge, M, BM, RELATIVE)
-    for group in range(first_group, last_group):
-        tile = rows + (group * P + tl.arange(0, P))[None, :]  # [BM, P]
+    C: tl.constexpr = P if BM * P <= HELD else HELD // BM
+    for start in range(first_group * P, last_group * P, C):
+        tile = rows + (start + tl.arange(0, C))[None, :]  # [BM, C]
+        new = tl.load(f + newest * (BM * W) + tile)
+        change = tl.load(g + newest * (BM * W) + tile)
+        following = new - (1.0 - mixing) * change
         if M > 1:
-            following = tl.zeros([BM, P], dtype=tl.float32)
-            for j in range(0, tl.minimum(M, step + 1)):
+            following *= column_of(weights, newest)[:, None]
+            for past in tl.static_range(1, M):
+                j = (step - past + M) % M
                 counts = valid(j, step, first, M)[:, None]
-                old = tl.load((f + history * j) + tile, mask=counts, other=0.0)
+                slot = j * (BM * W)
+                old = tl.load((f + slot) + tile, mask=counts, other=0.0)
                 if mixing != 1.0:
-                    past = tl.load((g + history * j) + tile, mask=counts, other=0.0)
-                    old -= (1.0 - mixing) * past
+                    residue = tl.load((g + slot) + tile, mask=counts, other=0.0)
+                    old -= (1.0 - mixing) * residue
                 following += column_of(weights, j)[:, None] * old
-        new = tl.load(f + newest * history + tile)
-        change = tl.load(g + newest * history + tile)
-        if M <= 1:
-            following = new - (1.0 - mixing) * change
         if TRUNCATED:
             new = following
         tl.store(best_f + tile, new, mask=improved[:, None])
@@ -194,7 +274,7 @@ def advance(
             following = tl.where(lost[:, None], best - back[:, None] * step_back, following)
         if LADDER != "":
             # What was evaluated is the next differences' origin, or there is one.
-            every = tl.zeros([BM, P], dtype=tl.int32) + kind
+            every = tl.zeros([BM, C], dtype=tl.int32) + kind
             evaluated = tl.load(z + tile, mask=every == ANCHORED, other=0.0)
             tl.store(anchors + tile, evaluated, mask=every == ANCHORED)
             apart = following - evaluated
@@ -207,11 +287,12 @@ def advance(
 
 @triton.jit
 def finish(
-    z, best_f, best_g, f, g, history, anchors, deltas, gram, status, steps, residual, trace, g2, f2,
-    dots, step, max_steps, alive, running, best, improved_at, restarts, first, done, exact, kind,
-    rtol, atol, ridge, mixing, first_group, last_group,
+    held, t, change, z, best_f, best_g, f, g, anchors, deltas, gram, status, steps, residual,
+    trace, sums, step, max_steps, alive, running, best, improved_at, restarts, first, done, exact,
+    kind, rtol, atol, ridge, mixing, first_group, last_group,
     W: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr,
     LADDER: tl.constexpr, TRACE: tl.constexpr, TRUNCATED: tl.constexpr, FACTOR: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """The rest of a step once all groups are evaluated: ends rows, stores the next iterates.
 
@@ -219,10 +300,11 @@ def finish(
     program of group 0. Rows: alive (not ended), running (alive and not waiting), best residual and
     the evaluation it fell in, restarts, first step that counts, done (evaluations so far), all
     [BM]; exact: whether the rows are off the ladder, a scalar; kind: of this evaluation; FACTOR:
-    whether z itself is multiplied, not what is made of it. Returns all eight, and the step's
-    number, as the next step finds them.
+    whether z itself is multiplied, not what is made of it; held, t, change: of a RESIDENT program.
+    Returns all eight, the step's number and held, as the next step finds them.
     """
     local = tl.arange(0, BM)
+    g2, f2 = sums[0], sums[1]
     done += running.to(tl.int32)
     gn = tl.sqrt(g2)
     fn = tl.sqrt(f2)
@@ -234,7 +316,7 @@ def finish(
     if TRUNCATED:
         # ||f - (1 - beta) g||, the size of the iterate that this step leads to.
         rest = 1.0 - mixing
-        size = tl.sqrt(tl.maximum(f2 - 2.0 * rest * column_of(dots, 0) + rest * rest * g2, 0.0))
+        size = tl.sqrt(tl.maximum(f2 - 2.0 * rest * column_of(sums[2], 0) + rest * rest * g2, 0.0))
         best = tl.where(size > 0.0, gn / size, 0.0)
         improved = running & (done >= max_steps)
         ended = improved
@@ -271,11 +353,17 @@ def finish(
     tl.store(residual + local, best, mask=writes)
     restarts += lost.to(tl.int32)
     first = tl.where(lost, step + 1, first)
-    advance(
-        z, best_f, best_g, f, g, history, anchors, deltas, gram, dots, step, first, ridge, mixing,
-        improved, moving, lost, restarts, kind, first_group, last_group, W, P, M, BM, RELATIVE,
-        TRUNCATED, LADDER if FACTOR else "",
-    )  # fmt: skip
+    if RESIDENT:
+        held = advance_held(
+            held, t, change, z, best_f, best_g, sums, step, first, ridge, mixing, improved, moving,
+            lost, restarts, first_group, W, P, M, BM, RELATIVE,
+        )  # fmt: skip
+    else:
+        advance(
+            z, best_f, best_g, f, g, anchors, deltas, gram, sums[2], step, first, ridge, mixing,
+            improved, moving, lost, restarts, kind, first_group, last_group, W, P, M, BM, RELATIVE,
+            TRUNCATED, LADDER if FACTOR else "",
+        )  # fmt: skip
     if LADDER != "":
         # All rows wait, or ended: those that wait go on.
         switch = (local * 0 + exact == 0) & (tl.max(running.to(tl.int32), 0) == 0)
@@ -284,7 +372,7 @@ def finish(
         first = tl.where(switch, 0, first)
         # Steps count anew, so that the slots of the history do not tell when others were ready.
         step = tl.min(tl.where(switch, -1, local * 0 + step), 0)
-    return alive, running, best, improved_at, restarts, first, done, exact, step + 1
+    return alive, running, best, improved_at, restarts, first, done, exact, step + 1, held
 
 
 @triton.jit
@@ -355,7 +443,13 @@ def report_nothing(status, steps, residual, live, first_group, BM: tl.constexpr)
 
 
 @triton.jit
-def no_sums(BM: tl.constexpr):
-    """g2, f2 [BM] and dots [BM, 8] before the first group."""
+def no_sums(BM: tl.constexpr, M: tl.constexpr, RESIDENT: tl.constexpr):
+    """The sums of `record` before the first group."""
     zero = tl.zeros([BM], dtype=tl.float32)
-    return zero, zero, tl.zeros([BM, SLOTS], dtype=tl.float32)
+    if RESIDENT:
+        sums = (zero,)
+        for _ in tl.static_range(M):
+            sums = sums + (zero,)
+    else:
+        sums = (zero, zero, tl.zeros([BM, SLOTS], dtype=tl.float32))
+    return sums

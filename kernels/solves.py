@@ -6,20 +6,23 @@ float dtype up to fp32; results have the features' dtype, gradients of parameter
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arguments import Constants, Part
 from .config import GRADIENT_TILES, GRADIENTS, Config, SolveOptions
 from .fusion import PHASES as FUSION_PHASES
 from .fusion import fusion_solve_kernel
 from .fusion_adjoint import PHASES as FUSION_ADJOINT_PHASES
 from .fusion_adjoint import fusion_adjoint_kernel
-from .gradients import parameter_gradients_kernel
-from .launch import Plan, capability, launch, solved
-from .layout import Layout, packed_sizes
+from .gradients import parameter_gradients_kernel, weight_products
+from .launch import Plan, launch, solved
+from .layout import Layout, layout_of
 from .modality import PHASES as MODALITY_PHASES
 from .modality import modality_solve_kernel
 from .modality_adjoint import PHASES as MODALITY_ADJOINT_PHASES
@@ -45,18 +48,15 @@ class Linear(NamedTuple):
     residual: Tensor
 
 
-def _outcome(plan: Plan) -> Linear:
-    shape = plan.blocks, plan.rows
-    return Linear(
-        plan.empty(*shape, dtype=torch.int32), plan.empty(*shape, dtype=torch.int32),
-        plan.empty(*shape),
-    )  # fmt: skip
+def _outcome(like: Tensor, *shape: int) -> Linear:
+    status = like.new_empty(shape, dtype=torch.int32)
+    return Linear(status, torch.empty_like(status), like.new_empty(shape, dtype=torch.float32))
 
 
-def _trace(plan: Plan, record: bool) -> Tensor:
-    steps = plan.options.max_steps if record else 0
-    shape = (plan.blocks, plan.rows, steps, 2)
-    return torch.full(shape, torch.nan, dtype=torch.float32, device=plan.device)
+def _trace(residual: Tensor, options: SolveOptions, record: bool) -> Tensor:
+    if not record:
+        return residual.new_empty((*residual.shape, 0, 2))
+    return residual.new_full((*residual.shape, options.max_steps, 2), torch.nan)
 
 
 def _bytes(mask: Tensor | None, other: Tensor) -> Tensor:
@@ -68,15 +68,14 @@ def _modality_block(parameters: Sequence[Tensor]) -> Parameters:
 
 
 def _fusion_block(parameters: Sequence[Tensor], gate_input: str) -> Parameters:
-    """Weights (1, d, d): the gate's of z_f, fusion, and where it is another the gate's of z_i; and
-    vectors (1, d)."""
+    """Weights (d, d): the gate's of z_f, fusion, and where it is another the gate's of z_i; and
+    vectors (d,)."""
     gate_weight, gate_bias, weight, bias, norm_weight, norm_bias = parameters
+    vectors = gate_bias, bias, norm_weight, norm_bias
+    if gate_input != "concat":
+        return Parameters((gate_weight, weight), vectors)
     dim = weight.shape[0]
-    weights = [gate_weight[:, :dim], weight]
-    if gate_input == "concat":
-        weights.append(gate_weight[:, dim:])
-    vectors = [gate_bias, bias, norm_weight, norm_bias]
-    return Parameters([w.unsqueeze(0) for w in weights], [v.unsqueeze(0) for v in vectors])
+    return Parameters((gate_weight[:, :dim], weight, gate_weight[:, dim:]), vectors)
 
 
 def pack(
@@ -91,7 +90,7 @@ def pack(
     Returns:
         One fp32 tensor for each block.
     """
-    layout = Layout(modality[0].shape[-1], groups)
+    layout = layout_of(modality[0].shape[-1], groups)
     return packed(
         _modality_block(modality), layout, other=_fusion_block(fusion, gate_input), low=low
     )
@@ -100,21 +99,20 @@ def pack(
 def _views(
     block: Parameters, flat: Tensor | None, layout: Layout, options: SolveOptions,
     backward: bool = False,
-) -> Packed:  # fmt: skip
-    """A block's packed parameters, of `pack` or packed here."""
-    shape = (
-        layout, len(block.weights), block.weights[0].shape[0], len(block.vectors),
-        options.packs_low, backward,
-    )  # fmt: skip
+) -> tuple[Tensor, Packed]:  # fmt: skip
+    """A block's packed parameters, of `pack` or packed here, and their parts."""
+    low = options.packs_low
+    found = Packed.of(
+        layout, len(block.weights), block.modalities, len(block.vectors), low, backward
+    )
     if flat is None or flat.numel() == 0:
-        (flat,) = packed(block, layout, low=options.packs_low, backward=backward)
-    expected = sum(packed_sizes(*shape))
-    if flat.numel() != expected:
+        (flat,) = packed(block, layout, low=low, backward=backward)
+    if flat.numel() != found.numel:
         raise ValueError(
-            f"packed: got {flat.numel()} elements, expected {expected}: of `pack` with the same "
+            f"packed: got {flat.numel()} elements, expected {found.numel}: of `pack` with the same "
             "parameters, cell and solver"
         )
-    return Packed.of(flat, *shape)
+    return flat, found
 
 
 def solve_modality(
@@ -150,28 +148,29 @@ def solve_modality(
         ValueError: for a width that no schedule supports; as `launch` does.
     """
     count, rows, dim = x.shape
-    layout = Layout(dim, groups)
+    layout = layout_of(dim, groups)
     plan = Plan.new(layout, count, rows, options, config, x.device, "modality", count)
 
     def run(plan: Plan) -> Solved:
-        out, outcome, trace = torch.empty_like(x), _outcome(plan), _trace(plan, record)
+        out, outcome = torch.empty_like(x), _outcome(x, count, rows)
+        trace = _trace(outcome.residual, options, record)
         if rows == 0 or count == 0:
             return Solved(out, *outcome, trace)
-        given = _views(_modality_block(parameters), weights, layout, options)
+        flat, given = _views(_modality_block(parameters), weights, layout, options)
         low = given.low if options.climbs else given.forward
         plan.run(
             modality_solve_kernel,
             (
                 x, x if init is None else init.contiguous(), _bytes(present, x), out, *outcome,
-                trace, outcome.residual if tolerance is None else tolerance, *given.forward,
-                *low, given.vectors, plan.rows_of(count, 3),
-                *(plan.rows_of(count) for _ in range(2)), *plan.history(given.counters),
+                trace, outcome.residual if tolerance is None else tolerance, *given.forward.rows(),
+                *low.rows(), given.vectors, plan.scratch(5), *plan.meetings(given.counters),
             ),
             {
                 "SKIP": skip, "INIT": init is not None, "PRESENT": present is not None,
                 "TOLERANCE": tolerance is not None, "TRACE": record,
             },
             MODALITY_PHASES,
+            flat,
         )  # fmt: skip
         return Solved(out, *outcome, trace)
 
@@ -202,37 +201,38 @@ def adjoint_modality(
         dL/dx (K, R, d), the parameters' gradients in their order, and the linear solve's outcome.
     """
     count, rows, dim = x.shape
-    layout = Layout(dim, groups)
+    layout = layout_of(dim, groups)
     plan = Plan.new(layout, count, rows, options, config, x.device, "modality adjoint", count)
 
     def run(plan: Plan) -> tuple[Tensor, list[Tensor], Linear]:
-        dx, outcome = torch.empty_like(x), _outcome(plan)
+        dx, outcome = torch.empty_like(x), _outcome(x, count, rows)
         if rows == 0 or count == 0:
             return (
                 dx,
                 [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters],
                 outcome,
             )
-        weights = _views(_modality_block(parameters), None, layout, options, True)
+        flat, weights = _views(_modality_block(parameters), None, layout, options, True)
         low = weights.low if options.climbs else weights.backward
         left, right = plan.rows_of(2, count), plan.rows_of(2, count)
         sums = plan.empty(plan.programs, 8, count, layout.width)
-        plan.run(
+        buffers = plan.run(
             modality_adjoint_kernel,
             (
                 gradient.contiguous(), state.contiguous(), status.contiguous(), x,
-                _bytes(present, x), dx, *outcome, *weights.forward, *weights.backward, *low,
-                weights.vectors, plan.rows_of(count, 6), plan.rows_of(count),
-                plan.rows_of(count), plan.empty(count, plan.size, groups, 4),
-                left, right, sums, *plan.history(weights.counters),
+                _bytes(present, x), dx, *outcome, *weights.forward.rows(),
+                *weights.backward.rows(), *low.rows(),
+                weights.vectors, plan.scratch(8), plan.empty(count, plan.size, groups, 4),
+                left, right, sums, *plan.meetings(weights.counters),
             ),
             {"SKIP": skip, "PRESENT": present is not None, "TRUNCATED": options.truncated},
             MODALITY_ADJOINT_PHASES,
+            flat,
         )  # fmt: skip
         found = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
         vectors = (*found[1:4], *found[5:])
         _parameter_gradients(
-            plan, left, right, sums, found[0], found[4], vectors, count, False, False
+            plan, buffers, left, right, sums, found[0], found[4], vectors, count, False, False
         )
         return dx, found, outcome
 
@@ -271,7 +271,7 @@ def solve_fusion(
     weights: Tensor | None = None,
     config: Config | None = None,
 ) -> Solved:
-    """The fusion equilibrium of every row, K = 1.
+    """The fusion equilibrium of every row; results are without a leading K.
 
     Args:
         modalities: (N, R, d), z_i*; injection: (R, d), x_f.
@@ -284,17 +284,17 @@ def solve_fusion(
         options, tolerance, record, weights, config: as in `solve_modality`.
     """
     count, rows, dim = modalities.shape
-    layout = Layout(dim, groups)
+    layout = layout_of(dim, groups)
     plan = Plan.new(layout, 1, rows, options, config, injection.device, "fusion", count)
 
     def run(plan: Plan) -> Solved:
-        out = torch.empty_like(injection)
-        outcome, trace = _outcome(plan), _trace(plan, record)
+        out, outcome = torch.empty_like(injection), _outcome(injection, rows)
+        trace = _trace(outcome.residual, options, record)
         if rows == 0:
-            return Solved(out.unsqueeze(0), *outcome, trace)
-        given = _views(_fusion_block(parameters, gate_input), weights, layout, options)
-        wg, wf, *wm = given.forward.squeeze(1)
-        low = (given.low if options.climbs else given.forward).squeeze(1)
+            return Solved(out, *outcome, trace)
+        flat, given = _views(_fusion_block(parameters, gate_input), weights, layout, options)
+        wg, wf, *wm = given.forward.rows()
+        low = (given.low if options.climbs else given.forward).rows()
         plan.run(
             fusion_solve_kernel,
             (
@@ -302,8 +302,8 @@ def solve_fusion(
                 _or(init, injection), _or(gate_mask, injection), _or(fusion_mask, injection), out,
                 *outcome, trace,
                 outcome.residual if tolerance is None else tolerance, wg, wf, low[0], low[1],
-                wm[0] if wm else wg, given.vectors, plan.rows_of(count), plan.rows_of(count),
-                *(plan.rows_of() for _ in range(5)), *plan.history(given.counters),
+                wm[0] if wm else wg, given.vectors, plan.scratch(5 + 2 * count),
+                *plan.meetings(given.counters),
             ),
             {
                 **_fusion_flags(gate, tail, gate_mask, fusion_mask, count),
@@ -311,8 +311,9 @@ def solve_fusion(
                 "TOLERANCE": tolerance is not None, "TRACE": record,
             },
             FUSION_PHASES,
+            flat,
         )  # fmt: skip
-        return Solved(out.unsqueeze(0), *outcome, trace)
+        return Solved(out, *outcome, trace)
 
     return solved(plan, run)
 
@@ -344,28 +345,28 @@ def adjoint_fusion(
 
     Returns:
         dL/dz_i (N, R, d), dL/dx_f (R, d), the parameters' gradients in their order, and the linear
-        solve's outcome (K = 1).
+        solve's outcome, without a leading K.
     """
     count, rows, dim = modalities.shape
-    layout = Layout(dim, groups)
+    layout = layout_of(dim, groups)
     plan = Plan.new(layout, 1, rows, options, config, injection.device, "fusion adjoint", count)
     shared = gate_input == "sum"
 
     def run(plan: Plan) -> tuple[Tensor, Tensor, list[Tensor], Linear]:
         dm = torch.empty_like(modalities, memory_format=torch.contiguous_format)
-        dx, outcome = torch.empty_like(injection), _outcome(plan)
+        dx, outcome = torch.empty_like(injection), _outcome(injection, rows)
         if rows == 0:
             nothing = [
                 torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters
             ]
             return dm, dx, nothing, outcome
-        weights = _views(_fusion_block(parameters, gate_input), None, layout, options, True)
-        forward, backward = weights.forward.squeeze(1), weights.backward.squeeze(1)
-        low = (weights.low if options.climbs else weights.backward).squeeze(1)
+        flat, weights = _views(_fusion_block(parameters, gate_input), None, layout, options, True)
+        forward, backward = weights.forward.rows(), weights.backward.rows()
+        low = (weights.low if options.climbs else weights.backward).rows()
         gate_of_modalities = 0 if shared else 2
         left, right = plan.rows_of(2 + count), plan.rows_of(2 + count)
         sums = plan.empty(plan.programs, 4, 1, layout.width)
-        plan.run(
+        buffers = plan.run(
             fusion_adjoint_kernel,
             (
                 gradient.contiguous(), state.contiguous(), status.contiguous(),
@@ -373,59 +374,68 @@ def adjoint_fusion(
                 _or(fusion_mask, injection), dm, dx, *outcome,
                 forward[0], forward[1], forward[gate_of_modalities],
                 backward[0], backward[1], backward[gate_of_modalities], low[0], low[1],
-                weights.vectors, plan.rows_of(7), *(plan.rows_of() for _ in range(3)),
-                plan.empty(plan.size, groups),
-                plan.rows_of(count), plan.empty(plan.size), left, right, sums,
-                *plan.history(weights.counters),
+                weights.vectors, plan.scratch(10 + count), plan.empty(plan.size, groups),
+                plan.empty(plan.size), left, right, sums, *plan.meetings(weights.counters),
             ),
             {
                 **_fusion_flags(gate, tail, gate_mask, fusion_mask, count),
                 "TRUNCATED": options.truncated,
             },
             FUSION_ADJOINT_PHASES,
+            flat,
         )  # fmt: skip
         found = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters]
         gate_weight, gate_bias, weight, *rest = found
         _parameter_gradients(
-            plan, left, right, sums, weight, gate_weight, (gate_bias, *rest), 1, True, shared
+            plan,
+            buffers,
+            left,
+            right,
+            sums,
+            weight,
+            gate_weight,
+            (gate_bias, *rest),
+            1,
+            True,
+            shared,
         )
         return dm, dx, found, outcome
 
     return solved(plan, run)
 
 
-def _of_gradients(plan: Plan) -> str:
-    """Precision of the parameters' gradients: as asked for, but never less than tf32."""
-    if plan.options.precision != "low":
-        return plan.options.precision
-    return "tf32" if capability(plan.device) >= 80 else "ieee"
-
-
 def _parameter_gradients(
-    plan: Plan, left: Tensor, right: Tensor, sums: Tensor, a: Tensor, b: Tensor,
-    vectors: Sequence[Tensor], split: int, fusion: bool, shared: bool,
+    plan: Plan, buffers: Sequence[Tensor], left: Part, right: Part, sums: Part, a: Tensor,
+    b: Tensor, vectors: Sequence[Tensor], split: int, fusion: bool, shared: bool,
 ) -> None:  # fmt: skip
     """Fills the weights' gradients a, b and the vectors'; left, right (jobs..., R', W)."""
-    layout = plan.layout
-    left, right = (t.flatten(0, -3) for t in (left, right))
+    one, other = (part.tensor(buffers).flatten(0, -3) for part in (left, right))
+    columns = math.prod(sums.shape[1:])
+    grid, constants = _gradients(plan.layout, columns, split, fusion, shared, len(vectors))
+    launch(
+        parameter_gradients_kernel, grid,
+        (
+            weight_products(one, other, fusion, shared), sums, a, b, *vectors,
+            *([vectors[0]] * (8 - len(vectors))), plan.programs, columns,
+        ),
+        constants, GRADIENTS, plan.shape, buffers=buffers,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _gradients(
+    layout: Layout, columns: int, split: int, fusion: bool, shared: bool, vectors: int
+) -> tuple[tuple[int], Constants]:
+    """Grid and constants of the parameters' gradients."""
     # Powers of two that divide the width: a group's padded one does.
     tiles = dict(GRADIENT_TILES)
     for name in ("BO", "BI", "BV"):
         while layout.width % tiles[name]:
             tiles[name] //= 2
     outputs = (2 if shared else 3) if fusion else 2 * split
-    columns = sums[0].numel()
     programs = outputs * (layout.width // tiles["BO"]) * (layout.width // tiles["BI"])
-    launch(
-        parameter_gradients_kernel, (programs + columns // tiles["BV"],),
-        (
-            left, right, sums, a, b, *vectors, *([vectors[0]] * (8 - len(vectors))), plan.size,
-            plan.programs, columns,
-        ),
-        {
-            "JOBS": left.shape[0], "SPLIT": split, "SHARED": shared, "FUSION": fusion,
-            "OUTPUTS": outputs, "V": len(vectors), "DIM": layout.dim, "G": layout.groups,
-            "P": layout.padded, **tiles, "PRECISION": _of_gradients(plan),
-        },
-        GRADIENTS, plan.shape,
-    )  # fmt: skip
+    constants = {
+        "SPLIT": split, "SHARED": shared, "FUSION": fusion, "OUTPUTS": outputs, "V": vectors,
+        "DIM": layout.dim, "G": layout.groups, "P": layout.padded, **tiles,
+    }  # fmt: skip
+    return (programs + columns // tiles["BV"],), Constants(constants)

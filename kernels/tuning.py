@@ -49,6 +49,7 @@ __all__ = [
     "bucket",
     "cache_folder",
     "forget",
+    "generation",
     "host_name",
     "in_force",
     "lookup",
@@ -71,6 +72,7 @@ FARTHEST = 4
 """Factor in rows up to which an entry says anything."""
 
 _reported: set[Path] = set()
+_generation = 0
 
 
 @dataclass(frozen=True)
@@ -380,8 +382,15 @@ def lookup(
 
 def forget() -> None:
     """Reads the files again at the next lookup."""
+    global _generation
+    _generation += 1
     lookup.cache_clear()
     _table.cache_clear()
+
+
+def generation() -> int:
+    """How often `forget` was called: what was looked up before is not to be relied on."""
+    return _generation
 
 
 def in_force(device: str) -> list[tuple[Path, int]]:

@@ -5,8 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deqfusion import Anderson, DEQFusion, Implicit, Phantom, Status, functional
+from deqfusion.kernels import launch
 from deqfusion.kernels.config import SCHEDULES
-from deqfusion.kernels.launch import using
+from deqfusion.kernels.launch import ran, using
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU that torch can use"
@@ -105,9 +106,17 @@ def test_widths(schedule, dim, monkeypatch):
         compare(layer(dim, solver=Anderson(tol=1e-4)), 64, monkeypatch, 5e-3)
 
 
-def test_too_many_programs_for_the_device_run_in_schedule_row(monkeypatch):
-    with using("cooperative"):
-        compare(layer(64), 20000, monkeypatch)
+def test_more_row_blocks_than_the_device_holds_programs(monkeypatch):
+    with using("cooperative"), ran() as configs:
+        compare(layer(64, solver=FEW), 20000, monkeypatch)
+    assert {config.schedule for config in configs} == {"cooperative"}
+
+
+def test_what_does_not_fit_together_runs_in_schedule_row(monkeypatch):
+    monkeypatch.setattr(launch, "resident", lambda *_: 1)
+    with using("cooperative"), ran() as configs:
+        compare(layer(64, solver=FEW), 40, monkeypatch)
+    assert {config.schedule for config in configs} == {"row"}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -275,4 +284,4 @@ def test_offsets_beyond_31_bits(backward, gibibytes):
 def test_sanitizer(schedule, monkeypatch):
     """Small, for compute-sanitizer, and right without it."""
     with using(schedule):
-        compare(layer(20, 2, num_groups=2), 18, monkeypatch)
+        compare(layer(20, 2, num_groups=2, solver=FEW), 18, monkeypatch)

@@ -114,7 +114,7 @@ class Problem:
             )  # fmt: skip
             found["zf"] = zf
             found["fused_back"] = solves.adjoint_fusion(
-                self.gradient[0], states[1], zf.status[0], states[0], self.injection, self.fusion,
+                self.gradient[0], states[1], zf.status, states[0], self.injection, self.fusion,
                 *cell, options, config=config, **masks,
             )  # fmt: skip
         return found

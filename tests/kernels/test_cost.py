@@ -53,16 +53,33 @@ def test_a_launch_for_every_phase_pays_for_many_rows():
 
 
 def test_the_default_where_nothing_was_tuned():
-    """Together while every program can be resident, by row, and by step for many wide rows."""
-    known = {"adjoint": False, "capability": 90}
-    for rows, dim, processors, schedule in (
-        (64, 500, 132, "cooperative"), (64, 64, 132, "row"), (612, 500, 132, "row"),
-        (8192, 512, 132, "step"), (8192, 512, 0, "row"), (0, 512, 132, "row"),
+    """Together from capability 90 on, in tiles that leave the fewest and shortest rounds."""
+    for rows, dim, count, tiles in (
+        (64, 500, 3, 16), (256, 512, 2, 16), (612, 500, 3, 32), (612, 500, 1, 32),
+        (16384, 256, 2, 64),
     ):  # fmt: skip
-        chosen = default_config(rows, Layout(dim, 4), 3, processors, **known)
+        layout = Layout(dim, 4)
+        chosen = default_config(rows, layout, count, 132, adjoint=False, capability=90)
+        known = {"adjoint": False, "capability": 90, "padded": layout.padded}
+        assert chosen == shipped("cooperative", **known, rows=tiles)
+    small = default_config(64, Layout(128, 4), 2, 132, adjoint=False, capability=90)
+    assert (small.rows, small.warps) == (16, 4)
+    # Not even one row block would be resident.
+    many = default_config(64, Layout(512, 64), 3, 132, adjoint=False, capability=90)
+    assert many.schedule != "cooperative"
+    # Interpreted; nothing to solve.
+    for rows, processors in ((64, 0), (0, 132)):
+        layout = Layout(512, 4)
+        chosen = default_config(rows, layout, 3, processors, adjoint=False, capability=90)
+        assert chosen == shipped("row", adjoint=False, capability=90, padded=layout.padded)
+
+
+def test_the_default_before_capability_90():
+    """Where nothing was measured the model chooses."""
+    known = {"adjoint": False, "capability": 80}
+    for rows, dim, schedule in ((64, 500, "cooperative"), (8192, 512, "step")):
+        chosen = default_config(rows, Layout(dim, 4), 3, 108, **known)
         assert chosen == shipped(schedule, padded=Layout(dim, 4).padded, **known)
-    old = default_config(64, Layout(500, 4), 3, 108, adjoint=True, capability=80)
-    assert old.schedule != "cooperative"
 
 
 def test_an_adjoint_has_one_phase_more_and_no_meeting_more():

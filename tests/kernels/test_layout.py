@@ -28,7 +28,7 @@ def test_weights_multiply_as_they_did(dim, groups):
     packed = layout.pack_weight(weight)
     assert packed.shape == (2, layout.width, layout.width)
     assert torch.equal(layout.unpack_weight(packed), weight)
-    got = layout.unpack(layout.pack(rows) @ packed)
+    got = layout.unpack(layout.pack(rows) @ packed.transpose(1, 2))
     torch.testing.assert_close(got, rows @ weight.transpose(1, 2))
 
 
@@ -55,7 +55,8 @@ def test_packing_in_one_launch(dim, groups, backward):
     flats = packed(two, layout, other=one, low=True, backward=backward)
     for block, flat in zip((two, one), flats, strict=True):
         shape = len(block.weights), block.weights[0].shape[0], len(block.vectors)
-        got = Packed.of(flat, layout, *shape, True, backward)
+        parts = Packed.of(layout, *shape, True, backward)
+        got = Packed(*(part.tensor((flat, flat)) for part in parts))
         forward = layout.pack_weight(torch.stack(list(block.weights)))
         assert torch.equal(got.forward, forward)
         iterated = forward.transpose(-1, -2) if backward else forward
