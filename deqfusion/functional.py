@@ -18,7 +18,7 @@ from torch import Tensor
 import deqfusion.ops  # noqa: F401  registers the operators
 from deqfusion import validation as check
 from deqfusion.adjoint import Adjoint, Implicit
-from deqfusion.injection import applied, differentiable_once, inject, stack_and_inject
+from deqfusion.injection import differentiable_once, inject, stack_and_inject
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.solvers import Anderson, Solver
 
@@ -227,8 +227,7 @@ def pack(
     What `modality_equilibrium` and `fusion_equilibrium` with the same options take as `packed`;
     empty where the reference runs. Pack anew when a parameter changes: nothing notices.
     """
-    with torch.no_grad():
-        one, two = torch.ops.deqfusion.pack(*modality, *fusion, *cell, solver.encoded)
+    one, two = torch.ops.deqfusion.pack(*modality, *fusion, *cell, solver.encoded)
     return one, two
 
 
@@ -269,11 +268,15 @@ def modality_equilibrium(
     """
     _check_modality(x, parameters, cell, adjoint, present)
     _check_solve(solver, init, tolerance, x, x.shape)
-    outputs = applied(
-        _ModalityEquilibrium,
-        x, init, present, packed, tolerance, trace, adjoint.encoded, *parameters, *cell,
-        solver.encoded,
-    )  # fmt: skip
+    encoded = adjoint.encoded
+    if torch.is_grad_enabled():
+        outputs = _ModalityEquilibrium.apply(
+            x, init, present, packed, tolerance, trace, encoded, *parameters, *cell, solver.encoded
+        )
+    else:
+        outputs = torch.ops.deqfusion.modality_equilibrium(
+            x, init, present, packed, *parameters, *cell, solver.encoded, tolerance, trace
+        )
     return _solution(*outputs)
 
 
@@ -319,11 +322,13 @@ def fusion_equilibrium(
     if modality_status is not None:
         shape = tuple(modalities.shape[:2])
         check.tensor("modality_status", modality_status, [shape], injection, torch.int32)
-    outputs = applied(
-        _FusionEquilibrium,
-        modalities, injection, modality_status, init, gate_mask, fusion_mask, packed, tolerance,
-        trace, adjoint.encoded, *parameters, *cell, solver.encoded,
-    )  # fmt: skip
+    encoded = adjoint.encoded
+    tensors = modalities, injection, modality_status, init, gate_mask, fusion_mask, packed
+    rest = *parameters, *cell, solver.encoded
+    if torch.is_grad_enabled():
+        outputs = _FusionEquilibrium.apply(*tensors, tolerance, trace, encoded, *rest)
+    else:
+        outputs = torch.ops.deqfusion.fusion_equilibrium(*tensors, *rest, tolerance, trace)
     return _solution(*outputs)
 
 
@@ -354,8 +359,7 @@ def joint_equilibrium(
     _check_modality(x, modality_parameters, cell, adjoint, present)
     _check_fusion(x, injection, fusion_parameters, cell, adjoint, gate_mask, fusion_mask)
     _check_solve(solver, init, tolerance, x, (x.shape[0] + 1, *x.shape[1:]))
-    outputs = applied(
-        _JointEquilibrium,
+    outputs = _JointEquilibrium.apply(
         x, injection, init, present, gate_mask, fusion_mask, tolerance, trace,
         adjoint.encoded, *modality_parameters, *fusion_parameters, *cell,
         solver.encoded,

@@ -14,7 +14,7 @@ from torch import Tensor
 import deqfusion.ops  # noqa: F401  registers the operators
 from deqfusion import validation as check
 
-__all__ = ["applied", "differentiable_once", "inject", "stack_and_inject"]
+__all__ = ["differentiable_once", "inject", "stack_and_inject"]
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,7 +25,10 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def once(ctx: Any, *gradients: Any) -> Any:
-        with torch.no_grad():
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                outputs = backward(ctx, *gradients)
+        else:
             outputs = backward(ctx, *gradients)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return outputs
@@ -37,29 +40,6 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
         return error(*again)  # type: ignore[arg-type]
 
     return once
-
-
-class _NoContext:
-    """In place of a context, what is kept for a backward pass that there will not be."""
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        pass
-
-    def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        pass
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
-
-
-def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Applies a function; without gradients its forward alone.
-
-    The compiler gives a function no context there, and would break the graph.
-    """
-    if torch.is_grad_enabled():
-        return function.apply(*arguments)
-    return function.forward(_NoContext(), *arguments)
 
 
 class _Inject(torch.autograd.Function):
@@ -168,5 +148,17 @@ def stack_and_inject(
     if present is not None:
         shape = (count, parts[0].shape[-2])
         check.tensor("present", present, [shape], parts[0], torch.bool)
-    x, injected = applied(_StackAndInject, present, weight, bias, *parts)
+    return stacked(parts, weight, bias, present)
+
+
+def stacked(
+    parts: Sequence[Tensor], weight: Tensor, bias: Tensor, present: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `stack_and_inject`, of arguments known to be right; parts: N of (R, d), or one (N, R, d)
+    alone."""
+    if torch.is_grad_enabled():
+        x, injected = _StackAndInject.apply(present, weight, bias, *parts)
+    else:
+        parts = parts[0].unbind(0) if parts[0].dim() == 3 else parts
+        x, injected = torch.ops.deqfusion.inject(parts, present, weight, bias)
     return x, injected

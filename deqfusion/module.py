@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from deqfusion import diagnostics, functional, regularization
 from deqfusion import validation as check
 from deqfusion.adjoint import Adjoint, Implicit, Unroll
 from deqfusion.functional import CellOptions, FusionParameters, ModalityParameters
+from deqfusion.injection import stacked
 from deqfusion.reference import cell as equations
 from deqfusion.solution import Equilibrium, SolveStats
 from deqfusion.solvers import Anderson, Solver, ToleranceSchedule
@@ -255,7 +256,9 @@ class DEQFusion(nn.Module):
         else:
             z, fused, found = self._solve(rows, start, gate_mask, fusion_mask, trace)
         blocks = [parts if trace else parts[:3] for parts in found]
-        return rows.leading, z, fused.reshape(*rows.leading, self.dim), blocks
+        if len(rows.leading) != 1:
+            fused = fused.reshape(*rows.leading, self.dim)
+        return rows.leading, z, fused, blocks
 
     def cell(
         self, state: Tensor, features: Features, mask: Tensor | None = None,
@@ -365,16 +368,20 @@ class DEQFusion(nn.Module):
 
     def _start_rows(self, features: Features, mask: Tensor | None) -> _Rows:
         """The same by one operator, for solves that give their own gradients."""
-        parts = check.modality_features(features, self.num_modalities, self.dim)
-        shape = parts[0].shape[:-1]
-        whole = (features,) if isinstance(features, Tensor) else parts
+        if check.fits(features, self.num_modalities, self.dim):
+            whole: Sequence[Tensor] = (cast(Tensor, features),)
+            shape = whole[0].shape[1:-1]
+        else:
+            parts = check.modality_features(features, self.num_modalities, self.dim)
+            whole, shape = (
+                (features,) if isinstance(features, Tensor) else parts,
+                parts[0].shape[:-1],
+            )
         leading, flat, present = self._checked(whole, shape, mask)
-        x, x_f = functional.stack_and_inject(
-            flat[0] if isinstance(features, Tensor) else flat,
-            self.injection_weight,
-            self.injection_bias,
-            present,
-        )
+        weight, bias = self.injection_weight, self.injection_bias
+        check.tensor("injection_weight", weight, [(self.num_modalities,)], flat[0])
+        check.tensor("injection_bias", bias, [(1,)], flat[0])
+        x, x_f = stacked(flat, weight, bias, present)
         return _Rows(x, x_f, present, leading)
 
     def _checked(
@@ -384,15 +391,18 @@ class DEQFusion(nn.Module):
         weight = self.modality_weight1
         check.same_device("features", features[0], weight.device, "the parameters")
         autocast = torch.is_autocast_enabled(weight.device.type)
+        wanted = weight.dtype
         kind = functools.reduce(torch.promote_types, (x.dtype for x in features))
-        if not autocast and kind != weight.dtype:
+        if not autocast and kind != wanted:
             raise TypeError(
                 f"features: got dtype {kind}, expected {weight.dtype} as the parameters (or call "
                 "under torch.autocast)"
             )
         # The solve chooses its own precisions; autocast only relaxes what comes in.
         flat = [
-            x.to(weight.dtype).reshape(*x.shape[: x.dim() - len(leading) - 1], -1, self.dim)
+            x.to(wanted)
+            if len(leading) == 1
+            else x.to(wanted).reshape(*x.shape[: x.dim() - len(leading) - 1], -1, self.dim)
             for x in features
         ]
         present = None
@@ -464,16 +474,15 @@ class DEQFusion(nn.Module):
                 tolerance=tolerance, trace=trace,
             )  # fmt: skip
             return whole.state[:-1], whole.state[-1], [whole[1:]]
-        packed = functional.pack(
-            self.modality_parameters, self.fusion_parameters, self.options, self.solver
-        )
+        modality, fusion = self.modality_parameters, self.fusion_parameters
+        packed = functional.pack(modality, fusion, self.options, self.solver)
         z = functional.modality_equilibrium(
-            rows.x, self.modality_parameters, cell=self.options, solver=self.solver,
+            rows.x, modality, cell=self.options, solver=self.solver,
             adjoint=self.adjoint, init=None if start is None else start[:-1],
             present=rows.present, packed=packed[0], tolerance=tolerance, trace=trace,
         )  # fmt: skip
         fused = functional.fusion_equilibrium(
-            z.state, rows.injection, self.fusion_parameters, cell=self.options,
+            z.state, rows.injection, fusion, cell=self.options,
             solver=self.solver, adjoint=self.adjoint, modality_status=z.status,
             init=None if start is None else start[-1], gate_mask=gate_mask,
             fusion_mask=fusion_mask, packed=packed[1], tolerance=tolerance, trace=trace,

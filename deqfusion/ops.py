@@ -228,10 +228,9 @@ def _fusion_equilibrium(
     o, how = SolverOptions.decode(*s), (tolerance, record)
     tensors = modalities, injection, modality_status, init, gate_mask, fusion_mask
     if _triton(injection):
-        solution = programs.solve_fusion(*tensors, packed, *values, o, *how)
-    else:
-        o = _on_host(o, injection, modalities.shape[0], values[1])
-        solution = solve.solve_fusion(*tensors, *values, o, *how)
+        return _marked(programs.solve_fusion(*tensors, packed, *values, o, *how))
+    o = _on_host(o, injection, modalities.shape[0], values[1])
+    solution = solve.solve_fusion(*tensors, *values, o, *how)
     return _marked(t.squeeze(0) for t in solution)
 
 
@@ -373,9 +372,14 @@ def _checked(reference: Callable[..., Any]) -> Callable[..., Any]:
         # The first argument of every operator is a tensor, or a list of some. Autocast would reach
         # into the solve.
         device = (args[0][0] if isinstance(args[0], list) else args[0]).device
+        kind = device.type
         # Triton launches on the current device, which need not be that of the tensors.
-        there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), there:
+        elsewhere = kind == "cuda" and torch.cuda.current_device() != device.index
+        # Contexts that would change nothing cost as much as a launch.
+        if not (elsewhere or torch.is_grad_enabled() or torch.is_autocast_enabled(kind)):
+            return reference(*args)
+        there = torch.cuda.device(device) if elsewhere else nullcontext()
+        with torch.no_grad(), torch.autocast(kind, enabled=False), there:
             return reference(*args)
 
     return run

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from deqfusion.reference.cell import CellOptions, FusionParameters, ModalityParameters
 from deqfusion.solution import Equilibrium
@@ -21,6 +22,7 @@ __all__ = [
     "dtype",
     "equilibrium",
     "features",
+    "fits",
     "floating",
     "fraction",
     "fusion_parameters",
@@ -37,6 +39,8 @@ __all__ = [
     "tensor",
 ]
 
+_GATES, _GATE_INPUTS = ("sigmoid", "identity"), ("sum", "concat")
+_TAILS = ("relu_norm", "norm_relu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -96,13 +100,27 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 def cell_options(options: CellOptions, dim: int) -> None:
     """Options that name equations, for width `dim`."""
+    groups: Any
+    skip: Any
+    groups, gate, gate_input, skip, tail = options
+    # The rest of this finds words for what is wrong.
+    if (
+        type(groups) is int
+        and groups > 0
+        and dim % groups == 0
+        and gate in _GATES
+        and gate_input in _GATE_INPUTS
+        and type(skip) is bool
+        and tail in _TAILS
+    ):
+        return
     count("num_groups", options.num_groups, minimum=1)
     if dim % options.num_groups:
         raise ValueError(f"num_groups: got {options.num_groups}, expected a divisor of dim = {dim}")
-    choice("gate", options.gate, ("sigmoid", "identity"))
-    choice("gate_input", options.gate_input, ("sum", "concat"))
+    choice("gate", options.gate, _GATES)
+    choice("gate_input", options.gate_input, _GATE_INPUTS)
     boolean("skip", options.skip)
-    choice("tail", options.tail, ("relu_norm", "norm_relu"))
+    choice("tail", options.tail, _TAILS)
 
 
 def equilibrium(
@@ -200,6 +218,17 @@ def modality_features(
     return parts
 
 
+def fits(value: Any, modalities: int, dim: int) -> bool:
+    """Whether features are one tensor (N, ..., d), floating point: what there is most often."""
+    return (
+        isinstance(value, Tensor)
+        and value.dim() > 1
+        and value.shape[0] == modalities
+        and value.shape[-1] == dim
+        and value.is_floating_point()
+    )
+
+
 def as_list(modalities: int) -> str:
     """How features are passed, for who gave one argument for each of them."""
     names = [f"x{index + 1}" for index in range(modalities)]
@@ -210,8 +239,8 @@ def as_list(modalities: int) -> str:
 
 def dtype(name: str, value: Any) -> None:
     """A dtype that the solves compute in."""
-    names = [str(each) for each in DTYPES]
     if value not in DTYPES:
+        names = [str(each) for each in DTYPES]
         raise TypeError(f"{name}: got {value!r}, expected one of {', '.join(names)}")
 
 
@@ -282,6 +311,13 @@ def tensor(
     kind: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """A tensor of one of `shapes` on the device of `like`; of dtype `kind`, None: floating."""
+    if (
+        isinstance(value, Tensor)
+        and value.shape in shapes
+        and (value.is_floating_point() if kind is None else value.dtype == kind)
+        and value.device == like.device
+    ):
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor of {shapes[0]}")
     if kind is None:
@@ -318,11 +354,12 @@ def _parameters(
     if not isinstance(value, kind):
         raise TypeError(f"parameters: got {type(value).__name__}, expected {kind.__name__}")
     device = x.device
-    for name, part in value._asdict().items():  # type: ignore[attr-defined]
+    fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+    for name, part in zip(fields, cast(Sequence[Any], value), strict=True):
         shape = shapes.get(name, others)
         # Nothing is put into words before something is wrong: this runs at every call.
         if not (
-            isinstance(part, Tensor)
+            (type(part) is Parameter or isinstance(part, Tensor))
             and part.shape == shape
             and part.is_floating_point()
             and part.device == device
