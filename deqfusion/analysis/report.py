@@ -3,6 +3,7 @@
     python -m deqfusion.analysis.report OUT/fusions.json OUT/ablation.json --write docs/results.md
 
 With `--write` the text between the results' markers is replaced; a file that is not there is made.
+With `--records` the records of all files go into one, a line each, of which the same page follows.
 """
 
 from __future__ import annotations
@@ -85,9 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results of analyses")
     parser.add_argument("--write", type=Path, metavar="MARKDOWN", help="file to put them into")
+    parser.add_argument("--records", type=Path, metavar="JSON", help="file of all records to write")
     args = parser.parse_args(arguments)
     try:
-        text = markdown([record for path in args.files for record in read_results(path)])
+        records = [record for path in args.files for record in read_results(path)]
+        text = markdown(records)
+        if args.records is not None:
+            write_atomically(args.records, lambda path: _write_records(path, records))
         if args.write is None:
             print(text, end="")
         else:
@@ -100,6 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _write_records(path: Path, records: Sequence[Record]) -> None:
+    lines = ",\n".join(json.dumps(record, sort_keys=True) for record in records)
+    head = f'{{"format": "{FORMAT}", "version": {VERSION}, "records": [\n'
+    path.write_text(f"{head}{lines}\n]}}\n", encoding="utf-8")
 
 
 def _measured_on(records: Sequence[Record]) -> str:

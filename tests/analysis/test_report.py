@@ -35,6 +35,15 @@ def test_only_what_is_between_the_markers_is_written(result, tmp_path):
     assert page.read_text() == first.replace("# Results", "# Mine")
 
 
+def test_records_in_one_file_make_the_same_page(result, tmp_path, capsys):
+    page, copy, records = tmp_path / "page.md", tmp_path / "copy.md", tmp_path / "records.json"
+    assert report.main([str(result), "--write", str(page), "--records", str(records)]) == 0
+    assert report.main([str(records), "--write", str(copy)]) == 0
+    assert copy.read_text() == page.read_text()
+    assert json.loads(records.read_text())["records"] == json.loads(result.read_text())["records"]
+    assert len(records.read_text().splitlines()) == 4 + 2
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -1,0 +1,38 @@
+"""docs/results.md: what its records say, in the words of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deqfusion.analysis import report
+from deqfusion.analysis.fusions import FUSIONS
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = (DOCS / "results.md").read_text(encoding="utf-8")
+RECORDS = report.read_results(DOCS / "results.json")
+
+
+def test_page_is_what_the_records_say() -> None:
+    assert report.replace(PAGE, report.markdown(RECORDS)) == PAGE
+
+
+def test_readme_links_to_the_page() -> None:
+    assert "(docs/results.md)" in (DOCS.parent / "README.md").read_text(encoding="utf-8")
+
+
+def done(analysis: str, task: str) -> set[tuple[str, int]]:
+    own = [r for r in RECORDS if (r["analysis"], r["task"]) == (analysis, task)]
+    return {(record["name"], record["seed"]) for record in own if record["splits"]}
+
+
+@pytest.mark.parametrize("task", ["rosmap", "brca2012", "mosi", "handwritten", "cub"])
+def test_every_fusion_has_five_seeds(task: str) -> None:
+    assert done("fusions", task) == {(name, seed) for name in FUSIONS for seed in range(5)}
+
+
+def test_records_are_of_committed_code_and_one_data_set_per_task() -> None:
+    assert not any(record["environment"]["commit"].endswith("+changes") for record in RECORDS)
+    hashes = {(record["task"], record["data_sha256"]) for record in RECORDS}
+    assert len(hashes) == len({record["task"] for record in RECORDS})
