@@ -110,6 +110,8 @@ def metric_rows(
 def verdict(rows: Sequence[Mapping[str, Any]], base: str) -> list[str]:
     """Say, from rows of `metric_rows`, what is best, and what differs from the base.
 
+    Names that lack seeds which others have are left out.
+
     Returns:
         Sentences; none where the base, or everything else, is missing.
     """
@@ -144,8 +146,15 @@ def verdict(rows: Sequence[Mapping[str, Any]], base: str) -> list[str]:
 
 
 def _scored(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    # A few scenes may lack every box of a class, and so have no average precision.
-    return [row for row in rows if math.isfinite(row.get(row["compared"], math.nan))]
+    """Rows whose means may be held against one another."""
+    # A few scenes may lack every box of a class, and so have no average precision; and a mean over
+    # fewer seeds, while runs are missing or as some diverged, is of easier or harder ones.
+    most = max(row["seeds"] for row in rows)
+    return [
+        row
+        for row in rows
+        if row["seeds"] == most and math.isfinite(row.get(row["compared"], math.nan))
+    ]
 
 
 def _alike(one: float, other: float) -> bool:

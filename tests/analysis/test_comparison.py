@@ -12,7 +12,7 @@ from deqfusion.tasks import get_recipe
 
 
 def row(name, value, metric="accuracy", difference=None, p=math.nan):
-    found = {"name": name, metric: value, "compared": metric}
+    found = {"name": name, metric: value, "compared": metric, "seeds": 5}
     return found if difference is None else {**found, "difference": difference, "p_holm": p}
 
 
@@ -61,8 +61,12 @@ def test_a_base_that_is_not_the_best_is_said_not_to_be():
     assert verdict(rows[::2], "deq")[1] == "No difference from deq has a p (Holm) below 0.05."
     assert verdict(rows[1:], "deq") == verdict(rows[:1], "deq") == []
     # Without a value, as of scenes that lack all boxes, there is nothing to say.
-    none = {"name": "gated", "compared": "accuracy", "difference": math.nan, "p_holm": math.nan}
+    none = row("gated", math.nan, difference=math.nan)
+    del none["accuracy"]
     assert verdict([none, *rows], "deq") == verdict(rows, "deq")
+    # Nor of other seeds than the others'.
+    few = {**row("gated", 0.99, difference=0.2, p=0.01), "seeds": 2}
+    assert verdict([few, *rows], "deq") == verdict(rows, "deq")
 
 
 def test_of_an_error_less_is_better():
