@@ -9,8 +9,8 @@ products follows the features and `torch.get_float32_matmul_precision()`:
     bfloat16, float16: tf32, computed in float32 like everywhere
 
 Statistics, history and states are float32 throughout. With `ladder="auto"`, from width 256 on, the
-first steps of "highest" have bfloat16 products; the steps that end a row do not. With "medium" and
-`ladder="off"` all products are in bfloat16: of a state rounded to it the residual stalls near 1e-3.
+first steps of "highest" have bfloat16 products; the steps that end a row do not. None has them
+throughout: of a state rounded to bfloat16 the residual stalls near 1e-3.
 """
 
 from __future__ import annotations
@@ -60,30 +60,16 @@ def available(device: torch.device) -> None:
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:
     """The precision of products for features of a dtype, see the head of this file."""
-    wanted = "high"
-    if dtype == torch.float32:
-        wanted = torch.get_float32_matmul_precision()
-    if wanted == "medium" and (device.type == "cpu" or _tensor_cores(device)):
-        return "low"
-    if wanted == "highest" and device.type != "cpu" and not torch.version.hip:
-        return "tf32x3" if _tensor_cores(device) else "ieee"
-    return "ieee" if wanted == "highest" else _reduced(device)
-
-
-def _reduced(device: torch.device) -> str:
-    """tf32, where a device has such products."""
     if device.type == "cpu":
         return "ieee"
+    strict = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     if torch.version.hip is not None:
         # Of AMD's, Triton has tf32 products for one.
         arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        return "tf32" if arch == "gfx942" else "ieee"
-    return "tf32" if _tensor_cores(device) else "ieee"
-
-
-def _tensor_cores(device: torch.device) -> bool:
-    """Whether products of tf32 and bfloat16 are faster than those of fp32."""
-    return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
+        return "ieee" if strict or arch != "gfx942" else "tf32"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "ieee"
+    return "tf32x3" if strict else "tf32"
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -109,13 +95,10 @@ def solve_options(o: SolverOptions, x: Tensor) -> Any:
         raise ValueError(f"solver: got Broyden, {_schedules()} have Anderson and Picard; {_ELSE}")
     _check_dtype(x.dtype)
     plain = o.method in ("picard", "truncated")
-    products = precision(x.dtype, x.device)
-    if o.ladder and products == "low":
-        products = _reduced(x.device)
     return SolveOptions(
         rtol=o.rtol, atol=o.atol, max_steps=o.max_steps, memory=0 if plain else o.memory,
         ridge=DEFAULT_RIDGE[torch.float32] if o.ridge is None else float(o.ridge),
-        relative=o.relative_ridge, mixing=o.mixing, precision=products,
+        relative=o.relative_ridge, mixing=o.mixing, precision=precision(x.dtype, x.device),
         ladder=o.ladder and x.shape[-1] >= LADDER_WIDTH, truncated=o.method == "truncated",
     )  # fmt: skip
 

@@ -3,7 +3,7 @@ r"""Anderson mixing of a block of rows on the device: Gram row, small solve, nex
     H_ij = <g_i, g_j>,   (H + ridge tr(H) / n I) a = 1,   a <- a / sum a
     z_next = beta sum_j a_j f_j + (1 - beta) sum_j a_j (f_j - g_j)
 
-A program owns BM rows. The history of the last M evaluations is two tensors (M, rows, W) in global
+A program owns BM rows. The history of the last M evaluations is twice M planes (rows, W) in global
 memory, slot s holding the evaluation of step s mod M; only the Gram row of the newest is computed.
 What there is one of per row and slot is a tile [BM, 8], the most slots that there are. The Gram
 matrix (rows, M, M) is kept beside the history, its lower half read into registers, a vector over

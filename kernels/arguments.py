@@ -83,7 +83,8 @@ class Scratch:
         """The buffer of all parts so far, fp32."""
         parts = self._parts[: self._at]
         self._known[0] = parts
-        return torch.empty(-(-parts[-1].end // 4) if parts else 0, device=device)
+        size = -(-parts[-1].end // 4) if parts else 0
+        return torch.empty(size, dtype=torch.float32, device=device)
 
 
 _numbers: dict[tuple[Any, ...], int] = {}

@@ -41,7 +41,8 @@ def resident(
 ) -> int:  # fmt: skip
     """Programs that the device can hold at once, by registers, shared memory and threads."""
     number = (constants if isinstance(constants, Constants) else Constants(constants)).number
-    key = number, kernel.__name__, config.warps, config.stages, device.index
+    kinds, _ = specialisation(arguments, buffers)
+    key = (number, kernel.__name__, config.warps, config.stages, device.index, *kinds)
     if key in _held:
         return _held[key]
     arguments = tensors(arguments, buffers)

@@ -196,7 +196,8 @@ def default_config(
     """What runs where nothing was tuned.
 
     From capability 90 on schedule cooperative, which was the fastest at every shape measured on an
-    H100, with so many rows to a program that all are through in the least time, by `EFFORT`; else,
+    H100, below 100 with so many rows to a program that all are through in the least time, by
+    `EFFORT`; else,
     and where not even one row block fits the device, the shipped schedule with the least predicted
     step, by the constants of the known device next to this one, with its own number of
     multiprocessors.
@@ -213,8 +214,10 @@ def default_config(
     device = like(capability, processors)
     slots = processors // (blocks * layout.groups)
     if capability >= 90 and slots:
-        effort = EFFORT[64 if layout.padded <= 64 else 128]
-        tiles = min(effort, key=lambda bm: effort[bm] * math.ceil(math.ceil(rows / bm) / slots))
+        tiles = 16
+        if capability < 100 and layout.padded <= 128:
+            effort = EFFORT[64 if layout.padded <= 64 else 128]
+            tiles = min(effort, key=lambda bm: effort[bm] * math.ceil(math.ceil(rows / bm) / slots))
         return shipped("cooperative", **known, rows=tiles)
     costs: dict[Config, float] = {}
     for schedule in shipped_schedules(adjoint, capability, layout.padded):

@@ -8,9 +8,9 @@ r"""The fusion equilibrium in one launch (schedule *step*: a launch per phase).
 `kernels.modality`: both phases, the Anderson step, and again, until the rows have ended. Grid:
 (ceil(R / BM), 1, 1 or G).
 
-Scratch (packed, width W = G P, R' = R rounded up to BM), fp32: packed modalities and constants (N,
-R', W); x_f, z, u, best_f, best_g (R', W); history f, g (M, R', W); gram (1 or G, R', M, M); the
-rest as in `kernels.modality`. Weights (W, W); vectors (4, W): b_g, b_f, weight and bias
+Scratch (packed, width W = G P, R' = R rounded up to BM), fp32: per row block 5 + 2 N planes (BM,
+W), x_f, z, u, best_f, best_g, packed modalities, constants, and the solver's; gram (1 or G, R', M,
+M); the rest as in `kernels.modality`. Weights (W, W); vectors (4, W): b_g, b_f, weight and bias
 of GN. Unpacked: modalities (N, R, d), x_f, init, out (R, d) and F (R, d) in the dtype of the
 features; gate mask M (N, R, 1 or d); modality_status int32 (N, R); status, steps int32, residual
 fp32 (R); trace (R, max_steps, 2) fp32.

@@ -6,7 +6,8 @@ r"""Gradients of the parameters from what the adjoint programs leave: products, 
 Products of transposed fp32 factors are what Triton is slow at (it copies them four bytes at a
 time), and what BLAS libraries are for: `weight_products`. The kernel takes the padding out of them
 and sums the vectors: a program owns a tile [BO, BI] of one output, or BV columns of one vector,
-over the row blocks in their order. No atomics: the result is the same at every run.
+over the row blocks in their order, without atomics: the same at every run, as far as the products
+are (on CUDA: with `CUBLAS_WORKSPACE_CONFIG`).
 
 Outputs: for the modality blocks K of W_1, then K of W_2, with one job each; for the fusion block
 W_f (job 0), then the gate's weight: jobs 1 (y t, z*) and, where one weight serves both inputs, 2 to

@@ -8,8 +8,8 @@ Anderson step, and again, until the rows have ended. z, h and the history go thr
 (scratch of the rows' own, which stays in L2); weights are streamed. Grid: (ceil(R / BM), N, 1 or
 G).
 
-Scratch (packed, `kernels.layout`, width W = G P; R' = R rounded up to BM), fp32: per row block 3
-planes (BM, W), packed x, z, h; best_f, best_g (N, R', W); history f, g (M, N, R', W); gram (1 or G,
+Scratch (packed, `kernels.layout`, width W = G P; R' = R rounded up to BM), fp32: per row block 5
+planes (BM, W), packed x, z, h, best_f, best_g, and the solver's (`kernels.solver`); gram (1 or G,
 N, R', M, M). Weights (N, W, W); vectors (N, 8, W): b_1, weight and bias of GN_1, b_2, those
 of GN_2 and of GN_3. Unpacked: x, init and out (N, R, d) in the dtype of the features; present int8,
 status, steps int32, residual fp32 (N, R); trace (N, R, max_steps, 2) fp32. Precision:

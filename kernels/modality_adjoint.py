@@ -11,9 +11,10 @@ gradients are made of (`kernels.gradients`): the factors s, z* and q, h of the w
 and the sums over its rows of s, r xhat_1, r, q, p xhat_2, p, lambda xhat_3, lambda. N_j: the VJP of
 the j-th normalisation. Rows that are NON_FINITE, absent, or whose g is 0 take no part.
 
-Scratch (packed, W = G P, R' = R rounded up to BM), fp32: per row block 6 planes (BM, W), unit
-gradient, z, p, xhat_1 to xhat_3; best_f, best_g (N, R', W), the factors left, right (2 N, R', W);
-rstd (N, R', G, 4), rstd_1 to rstd_3 and what a row's g was divided by; history, gram, partials,
+Scratch (packed, W = G P, R' = R rounded up to BM), fp32: per row block 8 planes (BM, W), unit
+gradient, z, p, xhat_1 to xhat_3, best_f, best_g, and the solver's; factors left, right (2 N, R',
+W);
+rstd (N, R', G, 4), rstd_1 to rstd_3 and what a row's g was divided by; gram, partials,
 counters and so on as in `kernels.modality`; sums (ceil(R / BM), 8, N, W). Weights forward (N, W, W)
 W_j, and backward W_j^T. Unpacked: gradient, state, x, dx (N, R, d). PHASE: 1 to 3 the
 linearisation, 4 to 7 a step, 8 and 9 the VJP.

@@ -13,8 +13,8 @@ resident at once, so the launch is cooperative and no larger than the device (`l
 
 Sums over channels go through `share` and `gather`: partial sums of every group in global memory,
 added in the order of the groups by every program, so that all G take the same decisions, bit by bit
-those of schedule *row*. They are fp32, [BM] each, and their partial sums (2, 10, G, BM) per row
-block, two meetings by turns.
+those of schedule *row* but where programs keep their history (`kernels.resident`). They are fp32,
+[BM] each, and their partial sums (2, G, 10, BM) per row block, two meetings by turns.
 Source: the phases of the solves, `kernels.modality` and its siblings.
 """
 

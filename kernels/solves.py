@@ -1,4 +1,5 @@
-"""The solves and their adjoints as functions of tensors: one launch each, and one for parameters.
+"""The solves and their adjoints as functions of tensors: one launch each, and products and one for
+parameters.
 
 Shapes: K modalities, R rows, d channels. Features, states and gradients are contiguous and of any
 float dtype up to fp32; results have the features' dtype, gradients of parameters the parameters'.

@@ -22,12 +22,12 @@ def at(monkeypatch):
 @pytest.mark.parametrize(
     ("hip", "device", "expected"),
     [
-        (None, (9, 0), {"highest": "tf32x3", "high": "tf32", "medium": "low"}),
-        (None, (8, 0), {"highest": "tf32x3", "high": "tf32", "medium": "low"}),
+        (None, (9, 0), {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}),
+        (None, (8, 0), {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}),
         # Before sm_80 there are neither tf32 nor bfloat16 products.
         (None, (7, 5), {"highest": "ieee", "high": "ieee", "medium": "ieee"}),
-        ("6.4", "gfx942:sramecc+", {"highest": "ieee", "high": "tf32", "medium": "low"}),
-        ("6.4", "gfx90a", {"highest": "ieee", "high": "ieee", "medium": "low"}),
+        ("6.4", "gfx942:sramecc+", {"highest": "ieee", "high": "tf32", "medium": "tf32"}),
+        ("6.4", "gfx90a", {"highest": "ieee", "high": "ieee", "medium": "ieee"}),
     ],
 )
 def test_precision_follows_pytorch(monkeypatch, at, hip, device, expected):
@@ -44,6 +44,6 @@ def test_precision_follows_pytorch(monkeypatch, at, hip, device, expected):
 
 
 def test_precision_of_the_interpreter(at):
-    for asked, precision in (("highest", "ieee"), ("high", "ieee"), ("medium", "low")):
+    for asked, precision in (("highest", "ieee"), ("high", "ieee"), ("medium", "ieee")):
         at(asked)
         assert programs.precision(torch.float32, torch.device("cpu")) == precision

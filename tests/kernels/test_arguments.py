@@ -138,3 +138,16 @@ def test_the_second_launch_goes_past_triton(monkeypatch):
         assert run(**changed) is not program
         assert len(kernel.compiled) == count + 1
     assert kernel.compiled[-1][2]["launch_cooperative_grid"] is True
+
+
+def test_scratch_is_fp32_whatever_the_default_dtype_is():
+    scratch = Scratch([()])
+    scratch.part((3, 5), torch.float32)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        buffer = scratch.allocate(torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+    assert buffer.dtype == torch.float32
+    assert buffer.numel() >= 15

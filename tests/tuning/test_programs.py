@@ -169,18 +169,12 @@ def test_the_configs_kept_are_those_of_the_own_memory(few, monkeypatch):
 
 
 @needs_interpreter
-def test_the_precision_of_products_is_part_of_what_is_tuned(few, capsys):
+def test_a_precision_asked_for_is_set_back(capsys):
     arguments = "--dim 8 --num-groups 1 --modalities 1 --batch 3 --tol 0.05 --budget 1e-3 --quiet"
     more = "--forward-only --dry-run --precision medium"
     assert cli.main(["autotune", *arguments.split(), *more.split()]) in (0, 1)
     assert torch.get_float32_matmul_precision() == "highest"
     assert "Triton interpreter: 3 rows" in capsys.readouterr().out
-    torch.set_float32_matmul_precision("medium")
-    try:
-        example = Example(few, features(few, 3), False)
-        assert example.problem("modality").precision == "low"
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 @needs_interpreter
