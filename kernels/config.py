@@ -146,8 +146,8 @@ def shipped(
 
     With 16 rows nearly without spills (`targets.MOST_SPILLED`) up to groups of 256 channels, with
     the default solver and cell. Below 90 the compiler keeps more of a program in registers, so that
-    products are half as deep, adjoints have one stage, and schedule step tiles of 32 x 128 instead of
-    64 x 128; wide groups take shallow products and small tiles, above 90 others deeper ones.
+    products are half as deep, adjoints have one stage, and schedule step tiles of 32 x 128 instead
+    of 64 x 128; wide groups take shallow products and small tiles, above 90 others deeper ones.
     `python -m deqfusion.kernels.targets` tells, and what wider groups spill.
     """
     old, wide = 0 < capability < 90, padded >= 256

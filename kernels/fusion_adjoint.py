@@ -12,8 +12,8 @@ sum_i dc_i, F r, lambda xhat, lambda (behind the ReLU).
 
 Scratch (packed, W = G P, R' = R rounded up to BM), fp32: per row block 10 + N planes (BM, W),
 unit gradient, gate W_g z*, s, t, y s, xhat, open (behind the ReLU), z, best_f, best_g, constants,
-and the solver's; rstd (R', G); scale (R'); left, right (2 + N, R', W) the factors in the order above;
-gram, partials and counters as in `kernels.fusion`; sums (ceil(R / BM), 4, 1, W). Weights
+and the solver's; rstd (R', G); scale (R'); left, right (2 + N, R', W) the factors in the order
+above; gram, partials and counters as in `kernels.fusion`; sums (ceil(R / BM), 4, 1, W). Weights
 forward and, for products with W itself, backward. Unpacked: gradient, state, x_f, dx (R, d);
 modalities, dm (N, R, d). PHASE: 1 to 3 the linearisation, 4 to 7 a step, 8 to 10 the VJP.
 Source: implicit function theorem; S. Bai et al., "Deep equilibrium models", NeurIPS 2019.

@@ -17,9 +17,9 @@ iterate; it has M = 1, whose one dot is <f, g>.
 
 A program owns BM rows: flags, residuals and counts are tiles [BM], states [BM, P] a group at a time
 out of planes (BM, W); the history, M planes of f and M of g behind a kernel's own, is that of
-`kernels.anderson`. All of it is fp32 or int32. On the ladder follow, per row block (5, BM, W) of the
-size of fp32: anchors (4, BM, W), of either product its factor in the last exact evaluation, the origin, and what it gave; and in bfloat16 deltas (2,
-BM, W), the factors less their origins.
+`kernels.anderson`. All of it is fp32 or int32. On the ladder there follow planes (5, BM, W) of the
+size of fp32: anchors (4, BM, W), of either product its factor in the last exact evaluation, the
+origin, and what it gave; and in bfloat16 deltas (2, BM, W), the factors less their origins.
 Source: as `kernels.anderson`; phantom gradients: Z. Geng et al., "On training implicit models",
 NeurIPS 2021.
 """
