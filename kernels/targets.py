@@ -274,7 +274,7 @@ def multiplies(program: Program) -> bool:
     if program.kernel in PRODUCTS:
         phase = program.constants["PHASE"]
         return phase == 0 or phase in PRODUCTS[program.kernel]
-    return program.kernel == "parameter gradients"
+    return False
 
 
 def compiled(program: Program, target: str) -> Report:
