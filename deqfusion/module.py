@@ -373,10 +373,8 @@ class DEQFusion(nn.Module):
             shape = whole[0].shape[1:-1]
         else:
             parts = check.modality_features(features, self.num_modalities, self.dim)
-            whole, shape = (
-                (features,) if isinstance(features, Tensor) else parts,
-                parts[0].shape[:-1],
-            )
+            whole = (features,) if isinstance(features, Tensor) else parts
+            shape = parts[0].shape[:-1]
         leading, flat, present = self._checked(whole, shape, mask)
         weight, bias = self.injection_weight, self.injection_bias
         check.tensor("injection_weight", weight, [(self.num_modalities,)], flat[0])
@@ -390,19 +388,17 @@ class DEQFusion(nn.Module):
         """Features (..., R, d) in the parameters' dtype, and the mask's opposite (N, R)."""
         weight = self.modality_weight1
         check.same_device("features", features[0], weight.device, "the parameters")
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        wanted = weight.dtype
         kind = functools.reduce(torch.promote_types, (x.dtype for x in features))
-        if not autocast and kind != wanted:
+        if kind != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
             raise TypeError(
                 f"features: got dtype {kind}, expected {weight.dtype} as the parameters (or call "
                 "under torch.autocast)"
             )
         # The solve chooses its own precisions; autocast only relaxes what comes in.
         flat = [
-            x.to(wanted)
+            x.to(weight.dtype)
             if len(leading) == 1
-            else x.to(wanted).reshape(*x.shape[: x.dim() - len(leading) - 1], -1, self.dim)
+            else x.to(weight.dtype).reshape(*x.shape[: x.dim() - len(leading) - 1], -1, self.dim)
             for x in features
         ]
         present = None

@@ -15,6 +15,7 @@ throughout: of a state rounded to bfloat16 the residual stalls near 1e-3.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,16 +104,15 @@ def solve_options(o: SolverOptions, x: Tensor) -> Any:
     )  # fmt: skip
 
 
-_known: dict[tuple[Any, ...], Any] = {}
+@functools.lru_cache(maxsize=256)
+def _made(o: SolverOptions, like: tuple[Any, ...]) -> Any:
+    """`solve_options` for features of a dtype, device and width, and a precision of products."""
+    return solve_options(o, torch.empty(0, like[2], dtype=like[0], device=like[1]))
 
 
 def _kept(o: SolverOptions, x: Tensor) -> Any:
     """`solve_options`, made once for all that they depend on."""
-    key = o, x.dtype, x.device, x.shape[-1], torch.get_float32_matmul_precision()
-    found = _known.get(key)
-    if found is None:
-        found = _known[key] = solve_options(o, x)
-    return found
+    return _made(o, (x.dtype, x.device, x.shape[-1], torch.get_float32_matmul_precision()))
 
 
 def inject(

@@ -79,8 +79,8 @@ def record(
     """Stores an evaluation t [BM, P] of z and its residual in the newest slot of the history.
 
     Returns the sums (||g||^2, ||f||^2 [BM], products of residuals [BM, 8]) with this group's part
-    added, and t and its residual where a program is RESIDENT (`kernels.resident`): it stores
-    nothing.
+    added. Where a program is RESIDENT (`kernels.resident`) t goes through slot 0 only to be read in
+    another layout, the sums are this group's alone, and t and its residual are returned as well.
     """
     if RESIDENT:
         # Read by whole rows, whose sums then stay within a warp.
