@@ -5,7 +5,7 @@
                     starts from z = 0, so that its fused state has seen the modalities by x_f only
     no gate         gates held at 1/2
     no projection   modality blocks without weights: z_i = GN(ReLU(GN(x_i)))
-    NAME=VALUE      one option changed
+    NAME=VALUE      one option changed; with `--change` any option of the task, such as its dropout
 
 A change that a task has as its default is left out, and so is a number of groups that does not
 divide the width.
@@ -30,8 +30,8 @@ from .comparison import (
     verdict,
 )
 from .extended import WithoutGate, WithoutProjection, extended
-from .records import Record
-from .settings import Job, Setting
+from .records import Record, succeeded
+from .settings import Job, Setting, option_of
 from .tables import Table
 
 if TYPE_CHECKING:
@@ -73,6 +73,10 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value}".removesuffix(".0")
 
 
+# What is compared, and what an analysis sets by itself.
+_NOT_CHANGED = ("fusion", "seed", "strategy")
+
+
 #: Every change, by name: options.
 VARIANTS: Mapping[str, Mapping[str, Any]] = _variants()
 
@@ -91,28 +95,34 @@ class Ablation(Analysis):
             metavar="VARIANT",
             help=f"default all: {', '.join(VARIANTS)}",
         )
+        parser.add_argument(
+            "--change",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="one more variant: an option of the task, as train has it; may be repeated",
+        )
 
     def jobs(self, setting: Setting, args: argparse.Namespace) -> list[Job]:
         if setting.options.get("fusion", "deq") != "deq":
             raise ValueError(f"fusion: got {setting.options['fusion']!r}, expected 'deq'")
         base = checked(setting.recipe, setting.options)
-        names = [_BASE]
+        variants: dict[str, Mapping[str, Any]] = {_BASE: {}}
         for name in VARIANTS if args.variants is None else args.variants:
-            options = VARIANTS[name]
-            alike = bool(options) and name not in _RECIPES
-            alike &= all(base[key] == value for key, value in options.items())
-            if alike or base["dim"] % options.get("num_groups", 1):
-                if args.variants is not None:
-                    raise ValueError(
-                        f"--variants: got {name!r}, which the options have already or do not "
-                        "allow, expected a change"
-                    )
-                continue
-            names.append(name)
+            if _changes(base, name, VARIANTS[name]):
+                variants[name] = VARIANTS[name]
+            elif args.variants is not None:
+                raise _no_change("--variants", name)
+        for text in args.change:
+            key, value = option_of(setting.recipe, "--change", text)
+            name = f"{key}={_text(value)}"
+            if key in _NOT_CHANGED or not _changes(base, name, {key: value}):
+                raise _no_change("--change", text)
+            variants[name] = {key: value}
         return [
-            Job(name, seed, {"fusion": "deq", **VARIANTS[name]})
+            Job(name, seed, {"fusion": "deq", **options})
             for seed in setting.seeds
-            for name in dict.fromkeys(names)
+            for name, options in variants.items()
         ]
 
     def recipe(self, setting: Setting, args: argparse.Namespace, job: Job) -> Recipe:
@@ -123,6 +133,8 @@ class Ablation(Analysis):
         tables = []
         for task, of_task in by_task(in_order(records, VARIANTS)).items():
             rows, shown = metric_rows(task, of_task, _BASE)
+            chosen = succeeded(of_task)[0]["selection"][0]
+            shown |= {"validation": (f"validation {readable(chosen)}", ".3f")}
             shown |= {"steps": ("steps", ".1f"), "converged": ("converged", ".1%")}
             shown |= {"training_seconds": ("training, s", ".1f")}
             columns = {"name": ("variant", ""), **shown}
@@ -146,6 +158,21 @@ class Ablation(Analysis):
             if differences:
                 panels[f"{task}: test {readable(metric)}, minus base's"] = differences
         return score_panels(panels, highlight="", zero=True)
+
+
+def _changes(base: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a variant is another run than the base, and one that can be."""
+    if base["dim"] % options.get("num_groups", 1):
+        return False
+    held = not options or name in _RECIPES
+    return held or any(base[key] != value for key, value in options.items())
+
+
+def _no_change(argument: str, name: str) -> ValueError:
+    return ValueError(
+        f"{argument}: got {name!r}, which the options have already or do not allow, expected a "
+        "change"
+    )
 
 
 ANALYSIS = Ablation()

@@ -92,7 +92,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
     """
     recipe = get_recipe(args.task)
     options = {} if args.config is None else read_toml(args.config, recipe)
-    options |= dict(_option(recipe, "--set", text) for text in args.set)
+    options |= dict(option_of(recipe, "--set", text) for text in args.set)
     candidates = itertools.product(*(_choices(recipe, texts) for texts in args.choose))
     for name in _OWN:
         if name in options:
@@ -123,11 +123,15 @@ def _choices(recipe: Recipe, texts: Sequence[str]) -> list[tuple[str, Any]]:
     name, *values = texts
     if len(values) < 2:
         raise ValueError(f"--choose {name}: got {len(values)} values, expected at least 2")
-    return [_option(recipe, "--choose", f"{name}={value}") for value in values]
+    return [option_of(recipe, "--choose", f"{name}={value}") for value in values]
 
 
-def _option(recipe: Recipe, argument: str, text: str) -> tuple[str, Any]:
-    """The option that `name=value` stands for."""
+def option_of(recipe: Recipe, argument: str, text: str) -> tuple[str, Any]:
+    """The option that `name=value` stands for.
+
+    Raises:
+        ValueError: the task has no such option, or it is of another kind; names `argument`.
+    """
     name, equals, value = text.partition("=")
     name = name.replace("-", "_")
     fields = fields_of(recipe)

@@ -78,6 +78,9 @@ def test_all_variants_that_change_something_by_default(analyze, tmp_path, monkey
     [
         (["--variants", "memory=5"], "--variants: got 'memory=5', which the options have already"),
         (["--set", "dim=4", "--variants", "num_groups=8"], "--variants: got 'num_groups=8'"),
+        (["--change", "tol=0.01"], "--change: got 'tol=0.01', which the options have already"),
+        (["--change", "fusion=sum"], "--change: got 'fusion=sum'"),
+        (["--change", "dropot=0.5"], "--change: got 'dropot=0.5', expected NAME=VALUE"),
         (["--set", "fusion=sum"], "fusion: got 'sum', expected 'deq'"),
     ],
 )
@@ -95,3 +98,17 @@ def test_a_part_without_anything_to_compare_has_a_table(analyze, tmp_path, resul
     assert [row["name"] for row in table["rows"]] == ["no gate"]
     assert "difference" not in table["rows"][0]
     assert not (tmp_path / "ablation.png").exists()
+
+
+def test_any_option_of_the_task_can_be_a_variant(analyze, tmp_path, results):
+    more = ("--seeds", "1", "--variants", "no gate", "--change", "dropout=0.4")
+    assert analyze("ablation", tmp_path, *more) == 0
+    whole = results(tmp_path, "ablation")
+    (table,) = whole["tables"]
+    assert [row["name"] for row in table["rows"]] == ["base", "no gate", "dropout=0.4"]
+    options = {r["name"]: r["candidates"][0]["options"] for r in whole["records"]}
+    assert options["dropout=0.4"] == {**options["base"], "dropout": 0.4}
+    losses = {r["name"]: r["splits"][0]["validation"]["loss"] for r in whole["records"]}
+    for row in table["rows"]:
+        assert row["validation"] == pytest.approx(losses[row["name"]])
+    assert "validation loss" in (tmp_path / "ablation.txt").read_text()
