@@ -16,7 +16,7 @@ from deqfusion.kernels.cost import DEVICES
 from deqfusion.kernels.tuning import FARTHEST
 from deqfusion.module import DEQFusion
 from deqfusion.solvers import Anderson
-from deqfusion.tuning.result import Tuned, written
+from deqfusion.tuning.result import FEWEST, Tuned, written
 
 __all__ = ["layer_from_file", "register_commands", "run"]
 
@@ -168,7 +168,7 @@ def report(found: Tuned, layer: DEQFusion, rows: int) -> None:
 def _report_kept(found: Tuned) -> None:
     """Says what solves do from now on, and which."""
     if found.speedup is None:
-        print("default kept: nothing else is faster beyond the noise")
+        print(f"default kept: {_why_default(found)}")
     else:
         print(f"kept (*): {found.speedup} as the default, of {len(found.trials)} ways tried")
     if found.file is not None:
@@ -177,6 +177,18 @@ def _report_kept(found: Tuned) -> None:
         threads = f", {problem.threads} thread(s)" if problem.threads else ""
         print(f"looked up by every solve of this width, {low} to {high} rows{threads}:")
         print(f"  {found.file}")
+
+
+def _why_default(found: Tuned) -> str:
+    """What speaks for it, or that nothing speaks against it."""
+    if sum(trial.counts for trial in found.trials) == len({t.way.solve for t in found.trials}):
+        return "nothing else that meets the tolerance was timed: --budget bounds the search"
+    if found.rounds < FEWEST:
+        return (
+            f"{found.rounds} rounds in turn cannot tell what is faster from noise, {FEWEST} can: "
+            "--budget bounds them"
+        )
+    return "nothing else is faster beyond the noise"
 
 
 def _device(name: str | None, target: str | None) -> torch.device:

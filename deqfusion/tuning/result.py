@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -19,8 +20,16 @@ from deqfusion.tuning.example import Way
 
 __all__ = ["Gain", "Trial", "Tuned", "entry_of", "gain", "provenance", "settled", "told", "written"]
 
-FEWEST = 5
-"""Rounds from which on percentiles of their ratios say something: of fewer the extremes count."""
+FEWEST = 8
+"""Rounds from which on they can say who is faster: fewer fall as they like more often than
+`CHANCE`, even if all agree."""
+
+CHANCE = 1 / 200
+"""How often rounds of two ways that are alike may fall so: many ways are held against the default,
+and the one that looks best is picked."""
+
+LEAST = 0.02
+"""Gain that is worth another choice than the default."""
 
 
 @dataclass
@@ -51,6 +60,12 @@ class Trial:
     def counts(self) -> bool:
         """Whether it was verified and timed."""
         return self.fault is None and self.seconds is not None
+
+    @property
+    def sample_seconds(self) -> float:
+        """What a sample takes: on a GPU it is timed with a cold and with a warm cache."""
+        on_gpu = not isinstance(self.way.config, Host)
+        return (self.seconds or 0.0) + ((self.warm or 0.0) if on_gpu else 0.0)
 
     def timed(self) -> Timed:
         """As an entry has it."""
@@ -87,16 +102,22 @@ class Gain:
         median: of the rounds' ratios of times.
         low, high: their 20th and 80th percentile; of fewer than `FEWEST` rounds, or times that were
             not taken in turn, what the extremes of both allow.
+        won, rounds: rounds in which it was the faster one, of how many; 0 of times that were not
+            taken in turn.
     """
 
     median: float
     low: float
     high: float
+    won: int = 0
+    rounds: int = 0
 
     @property
     def sure(self) -> bool:
-        """Whether it is beyond the noise."""
-        return self.low > 1
+        """Whether it is more than `LEAST`, and beyond the noise: a coin would give as many rounds
+        to it with a probability of at most `CHANCE`."""
+        likely = sum(math.comb(self.rounds, k) for k in range(self.won, self.rounds + 1))
+        return self.median > 1 + LEAST and likely <= CHANCE * 2**self.rounds
 
     def __str__(self) -> str:
         return f"{self.median:.2f} times as fast ({self.low:.2f} to {self.high:.2f})"
@@ -110,7 +131,8 @@ def gain(pairs: Sequence[tuple[Trial, Trial]]) -> Gain | None:
     if rounds >= FEWEST and all(t.final for pair in pairs for t in pair):
         before, after = (np.sum([pair[i].samples[:rounds] for pair in pairs], 0) for i in (0, 1))
         low, median, high = np.percentile(before / np.maximum(after, 1e-12), (20, 50, 80))
-        return Gain(float(median), float(low), float(high))
+        won = int((before > after).sum())
+        return Gain(float(median), float(low), float(high), won, rounds)
 
     def total(which: int, of: Callable[[Sequence[float]], float]) -> float:
         return max(
@@ -168,6 +190,16 @@ class Tuned:
     without_answer: int = 0
     speedup: Gain | None = None
     solver_speedup: Gain | None = None
+
+    @property
+    def rounds(self) -> int:
+        """In which the fastest ways of every solve were timed in turn: fewer than `FEWEST` cannot
+        tell them from noise, so that defaults are kept."""
+        taken: dict[str, int] = {}
+        for t in self.trials:
+            if t.counts:
+                taken[t.way.solve] = max(taken.get(t.way.solve, 0), t.final * len(t.samples))
+        return min(taken.values(), default=0)
 
     def table(self, most: int = 8) -> str:
         """The trials as text, `most` of each solve; * marks what is kept, and "default/this" is how

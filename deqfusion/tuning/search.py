@@ -6,8 +6,9 @@ spill registers are out before they are timed, whatever raises is out with what 
 fastest, those with the layer's own solver and the default are timed in rounds that interleave them
 and rotate, so that a busy moment slows all alike; medians decide, and only among these: times taken
 in another moment do not compare. Who is first there still is not kept in place of the default if it
-is within the noise: the 20th percentile of the rounds' ratios must be above 1
-(`deqfusion.tuning.result.settled`).
+is within the noise: it must be faster in nearly all rounds, and in the median by a margin
+(`deqfusion.tuning.result.Gain.sure`). Where time is short fewer ways are held against the default,
+rather than in fewer rounds than can tell.
 
 On a GPU a sample is the time of a call up to the end of the device's work, once after a buffer
 larger than the L2 cache was written (cold, which decides: a layer seldom runs alone) and once right
@@ -31,7 +32,7 @@ from deqfusion.reference.solve import LADDER_WIDTH, bfloat16_instructions
 from deqfusion.solvers import Anderson
 from deqfusion.tuning.example import Example, Way
 from deqfusion.tuning.predict import MEMORIES, on_device, ranked
-from deqfusion.tuning.result import Gain, Trial, gain, settled, told, words
+from deqfusion.tuning.result import FEWEST, Gain, Trial, gain, settled, told, words
 
 __all__ = ["Search", "clock"]
 
@@ -224,9 +225,13 @@ class Search:
             Whether there is no reason to leave further ones: False after one raised, as on a device
             that failed all would.
         """
-        own = self.own(solve)
+        own, left = self.own(solve), until - self.passed
         default = [t for t in own if t.default]
-        chosen = {id(t): t for t in (*fastest[:FINALISTS], *own[:FINALISTS], *default)}
+        chosen = {id(t): t for t in (*fastest[:1], *own[:1], *default)}
+        for t in (*fastest[1:FINALISTS], *own[1:FINALISTS]):
+            more = {**chosen, id(t): t}
+            if FEWEST * sum(c.sample_seconds for c in more.values()) <= left:
+                chosen = more
         if len(chosen) > 1:
             self.sample(list(chosen.values()), ROUNDS, until)
         return all(t.fault is None for t in chosen.values())

@@ -10,6 +10,7 @@ from deqfusion.kernels import interpreted, tuning
 from deqfusion.kernels.config import Config
 from deqfusion.tuning import predict, search
 from deqfusion.tuning.example import Example, Way
+from deqfusion.tuning.result import FEWEST
 from tests.tuning.problems import Clock, features, layer, timed, tune
 
 needs_interpreter = pytest.mark.skipif(
@@ -157,9 +158,11 @@ def test_the_configs_kept_are_those_of_the_own_memory(few, monkeypatch):
     ))  # fmt: skip
     monkeypatch.setattr(search, "clock", Clock(1e-3))
     monkeypatch.setattr(search, "PROMISING", 1e6)
+    # As many as can tell that something is faster.
+    monkeypatch.setattr(search, "ROUNDS", FEWEST)
     x = features(few, 3)
     for apply in (False, True):
-        found = tune(few, x, backward=False, apply=apply, save=False)
+        found = tune(few, x, backward=False, apply=apply, save=False, budget=1e4)
         assert found.solver.memory == 0
         kept = [(e.problem.memory, e.best.config.rows, e.best.seconds) for e in found.entries]
         both = [(0, 16, 0.5)] * 2, [(2, 32, 1.5)] * 2
