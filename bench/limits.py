@@ -21,21 +21,22 @@ def size(case: Case) -> float:
     return float(shape.batch * shape.dim**2 * (3 * shape.num_modalities + 1))
 
 
+def once(function: Callable[[], object], stopwatch: Stopwatch) -> float:
+    """Seconds of one run of what has run before."""
+    return stopwatch(function, 1)[0]
+
+
 class Limit:
     """A limit on the seconds that a contender's samples may take in one mode of a case.
 
     Args:
-        seconds: the limit; None: no limit, and nothing is measured for it.
+        seconds: the limit; None: no limit.
         rounds: samples.
     """
 
     def __init__(self, seconds: float | None, rounds: int) -> None:
         self.seconds, self.rounds = seconds, rounds
         self._known: dict[str, dict[float, tuple[float, Case]]] = {}
-
-    def once(self, function: Callable[[], object], stopwatch: Stopwatch) -> float | None:
-        """Seconds of one run, which has run before; None without a limit."""
-        return None if self.seconds is None else stopwatch(function, 1)[0]
 
     def note(self, name: str, case: Case, seconds: float | None) -> str | None:
         """Keeps what a run took; says why its samples would be too many, or None."""
@@ -67,10 +68,11 @@ class Limit:
 
 
 class Budget:
-    """A bound on the seconds of a run, about: what has begun is ended.
+    """A bound on the seconds of a run, about: a contender's verification that has begun is ended.
 
     A case is expected to take what is on the line through the two nearest smaller ones, or with
-    fewer of them what the nearest took; until one has ended nothing is known.
+    fewer of them what the nearest took; until one has ended nothing is known. So the runner begins
+    with the smallest, and asks again before every contender and before the rounds.
 
     Args:
         seconds: the bound; None: no bound.
@@ -85,17 +87,23 @@ class Budget:
         """Why a case is not run, or None."""
         if self.seconds is None:
             return None
-        left, at = self.seconds - (self.clock() - self.begin), size(case)
+        at = size(case)
         expected = self._known.get(at) or _beyond(self._known, at)
         if expected is None:
             nearest = min(self._known, key=lambda known: abs(known - at), default=None)
             expected = 0.0 if nearest is None else self._known[nearest]
+        return self.short(expected)
+
+    def short(self, expected: float = 0.0) -> str | None:
+        """Why there is no time for what should take so many seconds, or None."""
+        if self.seconds is None:
+            return None
+        left = self.seconds - (self.clock() - self.begin)
         if left > 0 and expected <= left:
             return None
-        return (
-            f"some {expected:.0f} s, {max(left, 0):.0f} are left of the budget of "
-            f"{self.seconds:g} s"
-        )
+        if left <= 0:
+            return f"the budget of {self.seconds:g} s is spent"
+        return f"some {expected:.0f} s, {left:.0f} are left of the budget of {self.seconds:g} s"
 
     def note(self, case: Case, seconds: float) -> None:
         """Keeps what a case took in which something was timed."""

@@ -65,12 +65,17 @@ def page(result: dict[str, Any], parts: list[str]) -> str:
     environment = html.escape(json.dumps(result["environment"], indent=1))
     absent = report.absent(result)
     failed = [f"{contender}: {reason}" for contender, reason in absent.items()]
-    failed += [
-        f"{report.title(case)}: {contender}: {entry['status']}: {entry['reason']}"
-        for case in result["cases"]
-        for contender, entry in case["contenders"].items()
-        if entry["seconds"] is None and contender not in absent
-    ]
+    for case in result["cases"]:
+        title, everybody = report.title(case), report.untimed(case, absent)
+        failed += (
+            [f"{title}: {everybody}"]
+            if everybody
+            else [
+                f"{title}: {contender}: {entry['status']}: {entry['reason']}"
+                for contender, entry in case["contenders"].items()
+                if entry["seconds"] is None and contender not in absent
+            ]
+        )
     missing = "".join(f"<li>{html.escape(line)}</li>" for line in dict.fromkeys(failed))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -123,6 +123,21 @@ def absent(result: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def untimed(case: dict[str, Any], without: Container[str]) -> str | None:
+    """Status and reason of a case in which nobody was timed, if they are everybody's.
+
+    Args:
+        case: of a result.
+        without: contenders that do not count, as `absent` has them.
+    """
+    said = {
+        f"{entry['status'].upper()}: {entry.get('reason')}" if entry["seconds"] is None else None
+        for name, entry in case["contenders"].items()
+        if name not in without
+    }
+    return said.pop() if len(said) == 1 else None
+
+
 def title(case: dict[str, Any]) -> str:
     """A case in words."""
     batch, dim, num_modalities = case["shape"]
@@ -155,6 +170,12 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"{name} UNAVAILABLE: {reason}" for name, reason in missing.items()]
     for case in result["cases"]:
         peaks = result.get("peaks", {}).get(str(case["threads"]), {})
+        reason = untimed(case, missing)
+        if reason is not None:
+            # Of several in a row a line each.
+            lines += [] if lines[-1].startswith(NOT_MEASURED) else [""]
+            lines.append(f"{NOT_MEASURED}: {title(case)}: {reason}")
+            continue
         lines += ["", title(case), *_rows(case, peaks, missing)]
         best = runner.best_baseline(case)
         if best is not None and case["contenders"][best]["ratio"] is not None:

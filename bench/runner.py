@@ -18,7 +18,7 @@ import torch
 
 from deqfusion.tuning.result import told
 
-from . import contenders, environment, fits, floor, peaks, resources, timing, work
+from . import contenders, environment, fits, floor, limits, peaks, resources, timing, work
 from .limits import Budget, Limit
 from .problem import Problem, Shape
 from .results import FORMAT
@@ -110,9 +110,13 @@ def run_case(case: Case, setting: Setting) -> list[Record]:
         else:
             truth = Truth(problem, target)
             for name in names:
-                if name not in absent:
-                    setting.progress(f"{_where(case, setting)}: verifying {name}")
-                    trials.append(Trial(name, problem, target, modes, truth))
+                if name in absent:
+                    continue
+                if reason := setting.budget.short():
+                    absent[name] = _absent("skipped", reason)
+                    continue
+                setting.progress(f"{_where(case, setting)}: verifying {name}")
+                trials.append(Trial(name, problem, target, modes, truth))
     records = []
     for mode in modes:
         entries = dict(absent)
@@ -144,17 +148,25 @@ def _time(trials: list[Trial], mode: str, case: Case, setting: Setting) -> dict[
     passed = {trial.name: trial for trial in trials if trial.status[mode] == "ok"}
     skipped: dict[str, str] = {}
     extra: dict[str, dict[str, Any]] = {}
+    bounded, round_seconds = (setting.limit.seconds, setting.budget.seconds) != (None, None), 0.0
     for name, trial in passed.items():
         contender = trial.contender
         function = contender.function(mode)
+        if reason := setting.budget.short():
+            skipped[name] = reason
+            continue
         with trial.guard(mode), contender.context():
-            seconds = setting.limit.once(function, stopwatch)
+            seconds = limits.once(function, stopwatch) if bounded else None
             if reason := setting.limit.note(name, case, seconds):
                 skipped[name] = reason
                 continue
             # Gradients that a run before left would be released in this one.
             contender.release()
             extra[name] = resources.measure(function, setting.device)
+            round_seconds += seconds or 0.0
+    if reason := setting.budget.short(setting.suite.rounds * round_seconds):
+        skipped |= dict.fromkeys(extra, reason)
+        extra = {}
     timed = {name: passed[name].contender for name in extra}
     wall, on_device = timing.interleaved(
         {name: contender.function(mode) for name, contender in timed.items()},
@@ -263,14 +275,17 @@ def run(
         "fits": [],
         "cases": [],
     }
+    # Of a bounded run the smallest first: most cases are measured, and tell what others take.
+    ordered = suite.cases if suite.budget is None else sorted(suite.cases, key=limits.size)
     for thread_count in suite.threads:
         with threads(thread_count):
+            each = None if suite.budget is None else suite.budget / len(suite.threads)
+            budget = Budget(each)
             progress(f"measuring what the machine can do, {thread_count}t")
             before = result["peaks"][str(thread_count)] = peaks.measure(device)
             limit = Limit(suite.limit if device.type == "cpu" else None, suite.rounds)
-            each = None if suite.budget is None else suite.budget / len(suite.threads)
-            setting = Setting(suite, device, thread_count, gpu, limit, Budget(each), progress)
-            for index, case in enumerate(suite.cases, 1):
+            setting = Setting(suite, device, thread_count, gpu, limit, budget, progress)
+            for index, case in enumerate(ordered, 1):
                 setting.place = f"{index} of {len(suite.cases)}"
                 begun = setting.budget.clock()
                 records = run_case(case, setting)
