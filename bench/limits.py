@@ -8,6 +8,7 @@ on the whole run goes by cases in the same way.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -70,9 +71,10 @@ class Limit:
 class Budget:
     """A bound on the seconds of a run, about: a contender's verification that has begun is ended.
 
-    A case is expected to take what is on the line through the two nearest smaller ones, or with
-    fewer of them what the nearest took; until one has ended nothing is known. So the runner begins
-    with the smallest, and asks again before every contender and before the rounds.
+    A case is expected to take what is on the line through the two nearest smaller ones, but no more
+    than grows with the root of the size, as small ones are mostly fixed costs; or with fewer of
+    them what the nearest took. Until one has ended nothing is known. So the runner begins with the
+    smallest, and asks again before every contender and before the rounds.
 
     Args:
         seconds: the bound; None: no bound.
@@ -89,6 +91,9 @@ class Budget:
             return None
         at = size(case)
         expected = self._known.get(at) or _beyond(self._known, at)
+        if expected is not None and at not in self._known:
+            most = max(known for known in self._known if known < at)
+            expected = min(expected, self._known[most] * math.sqrt(at / most))
         if expected is None:
             nearest = min(self._known, key=lambda known: abs(known - at), default=None)
             expected = 0.0 if nearest is None else self._known[nearest]
