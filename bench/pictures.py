@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -26,6 +27,11 @@ GREYS = ("#333333", "#999999")
 HATCHES = ("", "///", "...", "xxx")
 INCHES = 2.6
 """Of a column of the legend."""
+
+BAR, GROUP = 0.32, 0.85
+"""Inches of a bar with its figure, and of a case's name."""
+
+MISSING = {"status": "not measured", "ratio": None, "memory": None}
 
 MOST_BARS = 12
 """Cases in one row of bars; more are drawn as curves only."""
@@ -58,7 +64,8 @@ CAPTIONS = {
     "percentile.",
     "residual": "Time to a residual: each point is the time of a solve, and the worst relative "
     "residual of its rows and blocks, verified in fp64.",
-    "memory": "Memory at the peak of a run, above what was allocated before it.",
+    "memory": "Memory at the peak of a run, above what was allocated before it. Where ours begins "
+    "in bfloat16 it has copies of the weights in that: of few rows most of its memory.",
     "roofline": "Operations per second against operations per byte, both counted from steps and "
     "shape; lines: copy bandwidth and matrix rates measured in the same run.",
 }
@@ -110,7 +117,7 @@ def roofline(result: Result) -> Figure | None:
         for name, entry in case["contenders"].items():
             if work := entry.get("work"):
                 x = work["operations"] / work["bytes"]
-                points.setdefault(name, []).append((x, work["operations_per_second"]))
+                points.setdefault(name, []).append((x, work["operations_per_second"] / 1e9))
     if not points or not result.get("peaks"):
         return None
     figure, (axes,) = _panels(1, 1, width=8.0)
@@ -126,16 +133,16 @@ def roofline(result: Result) -> Figure | None:
     for index, (label, copy, rate) in enumerate(ceilings):
         ridge = [low, max(low, min(high, rate / copy)), high]
         axes.plot(
-            ridge, [min(copy * x, rate) for x in ridge], label=label, linewidth=1,
+            ridge, [min(copy * x, rate) / 1e9 for x in ridge], label=label, linewidth=1,
             color=GREYS[index // len(LINES) % len(GREYS)], linestyle=LINES[index % len(LINES)],
         )  # fmt: skip
-    for index, (name, found) in enumerate(points.items()):
-        axes.plot(*zip(*found, strict=True), linestyle="", label=name, alpha=0.8, **_point(index))
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte",
-             ylabel="operations per second")  # fmt: skip
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    for name, index in _places(result).items():
+        if found := points.get(name):
+            x, y = zip(*found, strict=True)
+            axes.plot(x, y, linestyle="", label=name, alpha=0.8, **_point(index))
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
+    _plain(axes.xaxis)
+    _plain(axes.yaxis)
     return _finish(figure, axes.get_legend_handles_labels()[0], result)
 
 
@@ -157,7 +164,9 @@ def _bars(
 ) -> Figure | None:  # fmt: skip
     """Groups of bars by case: a row of panels per thread count, a column per mode."""
     cases = [case for case in result["cases"] if "steps" not in case.get("factors", ())]
-    names = _names(cases, None if with_reference else result["reference"])
+    places = _places(result)
+    if not with_reference:
+        places.pop(result["reference"], None)
     if not any(value(entry) for case in cases for entry in case["contenders"].values()):
         return None
     modes = list(dict.fromkeys(case["mode"] for case in cases))
@@ -169,21 +178,30 @@ def _bars(
     longest = max(map(len, groups.values()))
     if longest > MOST_BARS:
         return None
-    figure, panels = _panels(len(counts), len(modes), width=max(5.5, 0.25 * longest * len(names)))
+    width = max(5.5, BAR * longest * len(places), GROUP * longest)
+    figure, panels = _panels(len(counts), len(modes), width=width)
     for axes, ((threads, mode), found) in zip(panels, groups.items(), strict=True):
-        width = 0.8 / max(len(names), 1)
-        for index, name in enumerate(names):
-            style = _fill(index)
-            for place, case in enumerate(found):
-                entry = case["contenders"].get(name, {"status": "not measured"})
-                at = place + (index - (len(names) - 1) / 2) * width
-                _bar(axes, at, width, value(entry) if "seconds" in entry else None, entry, style)
+        width = 0.8 / max(len(places), 1)
+        for place, case in enumerate(found):
+            entries = [case["contenders"].get(name, MISSING) for name in places]
+            if (
+                len(entries) > 1
+                and len({e["status"] for e in entries}) == 1
+                and not any(map(value, entries))
+            ):
+                # Once for all of them.
+                _bar(axes, place, width, None, entries[0], {})
+                continue
+            for order, (entry, index) in enumerate(zip(entries, places.values(), strict=True)):
+                at = place + (order - (len(places) - 1) / 2) * width
+                _bar(axes, at, width, value(entry), entry, _fill(index))
+        axes.set_xlim(-0.6, len(found) - 0.4)
         if reference is not None:
             axes.axhline(reference, color="black", linewidth=0.8)
         axes.set_xticks(range(len(found)), [_tick(case) for case in found], fontsize="small")
         axes.set_title(f"{MODE_TITLES.get(mode, mode)}, {threads}t", fontsize="medium")
         axes.set_ylabel(label)
-    handles = [Patch(label=name, **_fill(index)) for index, name in enumerate(names)]
+    handles = [Patch(label=name, **_fill(index)) for name, index in places.items()]
     return _finish(figure, handles, result)
 
 
@@ -209,8 +227,8 @@ def _curves(
 ) -> Figure | None:  # fmt: skip
     """A line per contender through its points in order, a panel per thread count and mode."""
     keys = list(dict.fromkeys((case["threads"], case["mode"]) for case in cases))
-    names = _names(cases, None)
-    drawn = 0
+    places = {n: i for n, i in _places(result).items() if any(n in c["contenders"] for c in cases)}
+    most = 0
     if not keys:
         return None
     figure, panels = _panels(1, len(keys))
@@ -218,7 +236,7 @@ def _curves(
         found = [case for case in cases if (case["threads"], case["mode"]) == key]
         if by:
             found.sort(key=lambda case: case.get(by) or 0.0)
-        for index, name in enumerate(names):
+        for name, index in places.items():
             timed = [
                 (case, case["contenders"][name])
                 for case in found
@@ -230,7 +248,8 @@ def _curves(
             if not points:
                 axes.plot([], [], label=f"{name} (not measured)", color=COLOURS[index % 7])
                 continue
-            drawn += 1
+            known = {case[by] for case, _ in timed} if by else {x for x, *_ in points}
+            most = max(most, len(known))
             x, y, spread = zip(*points, strict=True)
             errors = list(zip(*spread, strict=True)) if any(map(any, spread)) else None
             axes.errorbar(x, y, errors, label=name, capsize=2, linestyle=LINES[index % 4],
@@ -238,21 +257,44 @@ def _curves(
         axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
         axes.set_title(f"{MODE_TITLES.get(key[1], key[1])}, {key[0]}t", fontsize="medium")
         axes.grid(color="#DDDDDD")
-    if not drawn:
+        _plain(axes.yaxis)
+        if by:
+            _plain(axes.xaxis)
+        else:
+            at = sorted({point(c, e)[0] for c in found for e in _timed(c)})
+            axes.set_xticks(at, [f"{x:g}" for x in at])
+            axes.minorticks_off()
+    # One size, or one target, is no curve.
+    if most < 2:
         return None
     return _finish(figure, panels[0].get_legend_handles_labels()[0], result)
 
 
-def _names(cases: Sequence[Result], without: str | None) -> list[str]:
-    """Contenders that ran in some case, in the order of the records."""
-    names = dict.fromkeys(name for case in cases for name in case["contenders"])
+def _places(result: Result) -> dict[str, int]:
+    """Contenders that ran in some case, and what gives each the same colour in every picture."""
+    names = dict.fromkeys(name for case in result["cases"] for name in case["contenders"])
     ran = {
         name
-        for case in cases
+        for case in result["cases"]
         for name, entry in case["contenders"].items()
         if entry["status"] != "unavailable"
     }
-    return [name for name in names if name in ran and name != without]
+    return {name: index for index, name in enumerate(n for n in names if n in ran)}
+
+
+def _timed(case: Result) -> list[Result]:
+    return [entry for entry in case["contenders"].values() if entry["seconds"] is not None]
+
+
+def _plain(axis: Axis) -> None:
+    """Figures as one writes them at a logarithmic axis, as many as its range asks for."""
+    low, high = axis.get_view_interval()
+    digits = (
+        (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 10 * low else (1, 2, 5) if high < 1e3 * low else (1,)
+    )
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _point(index: int) -> dict[str, Any]:

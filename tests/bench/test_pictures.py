@@ -31,10 +31,14 @@ def entry(seconds, ratio=None, residual=1e-4):
 def full():
     """A result that has something for every picture."""
     cases = []
-    for rows, factors in ((8, ["batch"]), (16, ["batch", "dim", "num_modalities"])):
+    every = ["batch", "dim", "num_modalities"]
+    for shape, factors in (
+        ([8, 64, 2], every[:1]), ([16, 64, 2], every), ([16, 128, 2], ["dim"]),
+        ([16, 64, 3], ["num_modalities"]),
+    ):  # fmt: skip
         for mode in ("forward", "forward_backward"):
             found = {"textbook": entry(2e-3, 2.0), "torchdeq": NONE, "ours": entry(1e-3)}
-            cases.append({"shape": [rows, 64, 2], "label": "", "factors": factors, "target": 1e-3,
+            cases.append({"shape": shape, "label": "", "factors": factors, "target": 1e-3,
                           "threads": 1, "mode": mode, "contenders": found})  # fmt: skip
     for target in (1e-1, 1e-2):
         found = {"textbook": entry(1e-4 / target, 2.0, target), "ours": entry(1e-3, None, target)}
@@ -76,10 +80,64 @@ def test_ceilings_of_the_roofline_are_named_in_the_legend():
 def test_speedup_bars_have_the_ratio_the_spread_and_the_failure():
     axes = pictures.speedup(full()).axes[0]
     written = [text.get_text().strip() for text in axes.texts]
-    assert written.count("2") == 2
-    assert written.count("failed") == 2
+    assert written.count("2") == 4
+    assert written.count("failed") == 4
     bars = [patch for patch in axes.patches if patch.get_height()]
-    assert [bar.get_height() for bar in bars] == [2.0, 2.0]
+    assert [bar.get_height() for bar in bars] == [2.0] * 4
+
+
+def test_a_case_without_a_bar_says_so_once_and_on_the_picture():
+    result = full()
+    skipped = {**NONE, "status": "skipped"}
+    result["cases"][6]["contenders"] = dict.fromkeys(("textbook", "torchdeq", "ours"), skipped)
+    figure = pictures.speedup(result)
+    figure.canvas.draw()
+    (text,) = [t for t in figure.axes[0].texts if t.get_text().strip() == "skipped"]
+    low, high = figure.axes[0].get_xlim()
+    assert text.get_position()[0] == 3 < high
+    assert low < 0
+
+
+def test_a_contender_has_one_colour_in_every_picture():
+    """Whoever is left out, as the reference is where ratios are drawn."""
+    result = full()
+    for case in result["cases"]:
+        case["contenders"] = {
+            "ours": case["contenders"]["ours"], "textbook": case["contenders"]["textbook"],
+        }  # fmt: skip
+    colours = set()
+    for figure in (pictures.speedup(result), pictures.memory(result)):
+        (legend,) = figure.legends
+        colours |= {
+            patch.get_facecolor()
+            for patch, text in zip(legend.get_patches(), legend.get_texts(), strict=True)
+            if text.get_text() == "textbook"
+        }
+    points = next(
+        line for line in pictures.roofline(result).axes[0].lines if line.get_label() == "textbook"
+    )
+    assert colours == {mpl.colors.to_rgba(points.get_color())}
+    line = pictures.against(result, "batch").axes[0].containers[1].lines[0]
+    assert line.get_color() == points.get_color()
+
+
+def test_axes_are_in_figures_as_one_writes_them():
+    figure = pictures.against(full(), "batch")
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "16"]
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert "0.001" in shown
+    assert not any("times" in text for text in shown)
+    assert not any(label.get_text() for label in axes.get_yticklabels(minor=True))
+
+
+def test_one_size_or_target_is_no_curve():
+    result = full()
+    result["cases"] = result["cases"][2:4]
+    assert pictures.against(result, "batch") is None
+    result["cases"] += [{**result["cases"][0], "factors": ["steps"]}]
+    assert pictures.to_residual(result) is None
 
 
 def test_curves_go_through_the_points_in_order():
@@ -100,7 +158,7 @@ def test_time_to_a_residual_includes_the_suite_s_own_target():
 def test_roofline_shows_what_was_measured():
     axes = pictures.roofline(full()).axes[0]
     points = [line for line in axes.lines if line.get_label() in ("textbook", "ours")]
-    assert [len(line.get_xdata()) for line in points] == [6, 6]
+    assert [len(line.get_xdata()) for line in points] == [10, 10]
     without = full()
     del without["peaks"]
     assert pictures.roofline(without) is None
