@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,15 +11,27 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from deqfusion.kernels import tuning
+from deqfusion.kernels.config import Config
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = PROJECT["tool"]["setuptools"]["package-dir"]
+
+
+TIMED = tuning.Timed(Config("step", rows=32), 5, False, 2e-4, 1e-4, 3e-4, 1e-4)
+SHIPPED = tuning.Entry(
+    tuning.Problem("fusion", 500, 4, 3, "fp32", 6, 0, 512), TIMED, None, None, 1e-4, 1e-3,
+    "Some device", "1", "2", "3", "2026-01-01",
+)  # fmt: skip
+"""As of a device that was measured."""
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -52,7 +65,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     # Tuned configurations are data: none is shipped before a device was measured.
     (source / "kernels" / "configs").mkdir(exist_ok=True)
-    (source / "kernels" / "configs" / "some-device.json").write_text("{}")
+    shipped = {
+        "format": tuning.FORMAT, "version": tuning.VERSION, "entries": [asdict(SHIPPED)],
+    }  # fmt: skip
+    (source / "kernels" / "configs" / "some-device.json").write_text(json.dumps(shipped))
     out = tmp_path_factory.mktemp("dist")
     run(
         *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"),
@@ -134,6 +150,19 @@ eq = deqfusion.DEQFusion(64, 2).equilibrium(torch.randn(2, 4, 64))
 assert eq.fused.shape == (4, 64) and bool(eq.stats.converged.all())
 """
     run(clean_python, "-c", program, cwd=tmp_path)
+
+
+def test_a_shipped_configuration_is_looked_up_where_the_wheel_is_installed(
+    clean_python: Path, tmp_path: Path
+) -> None:
+    program = f"""
+from deqfusion.kernels import tuning
+config = tuning.lookup({SHIPPED.device!r}, *{astuple(SHIPPED.problem)[:-1]}, 612)
+assert (config.schedule, config.rows) == ("step", 32), config
+((path, count),) = tuning.in_force({SHIPPED.device!r})
+assert count == 1 and path == tuning.SHIPPED / "some-device.json"
+"""
+    run("env", f"DEQFUSION_CACHE={tmp_path}", clean_python, "-c", program, cwd=tmp_path)
 
 
 def test_installed_command_and_metadata(clean_python: Path, tmp_path: Path) -> None:
