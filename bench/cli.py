@@ -136,12 +136,20 @@ def run(arguments: argparse.Namespace) -> int:
     old = _old(arguments, runner.here(device))
     out = page.writable(Path(DEFAULT_OUT if arguments.out is None else arguments.out))
     json_path = out / f"{suite.name}.json"
-    with report.Progress(sys.stderr) as progress:
-        result = runner.run(
-            suite,
-            progress=progress.show,
-            save=lambda partial: results.write_json(partial, json_path),
-        )
+    saved = False
+
+    def save(partial: dict[str, Any]) -> None:
+        nonlocal saved
+        results.write_json(partial, json_path)
+        saved = True
+
+    try:
+        with report.Progress(sys.stderr) as progress:
+            result = runner.run(suite, progress=progress.show, save=save)
+    except KeyboardInterrupt:
+        if saved:
+            print(f"what was measured is in {json_path}; deqfusion plot draws it", file=sys.stderr)
+        raise
     print(report.table(result))
     print(f"\n{json_path}")
     if not arguments.no_pictures:

@@ -62,12 +62,15 @@ def record() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    affinity = getattr(os, "sched_getaffinity", None)
+    affinity, found = getattr(os, "sched_getaffinity", None), gpu()
+    devices = tuning.host_name(), *([found["name"]] if found else ())
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "system": platform.system(),
         "cpu": tuning.host_name(),
-        "gpu": gpu(),
+        "gpu": found,
+        # Ours takes what was tuned: by device, of how many problems.
+        "tuned": {name: sum(n for _, n in tuning.in_force(name)) for name in devices},
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_instructions": bfloat16_instructions(),

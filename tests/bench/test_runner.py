@@ -89,6 +89,7 @@ def test_record(result: dict[str, Any], tmp_path: Path) -> None:
     assert set(found["peaks"]["1"]) == {"copy", "fp32", "bf16"}
     assert found["environment"]["cpu"]
     assert found["environment"]["cores"] >= 1
+    assert found["environment"]["cpu"] in found["environment"]["tuned"]
     assert found["environment"]["versions"]["torch"] == torch.__version__
     assert found["suite"]["shapes"] == ["6,64,2"]
     assert [case["mode"] for case in found["cases"]] == ["forward", "forward_backward"]
@@ -198,6 +199,27 @@ def test_command_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(arguments) == 0
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert "B=4 d=32 N=1, 1 thread, forward + backward" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_says_where_its_cases_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, rows = runner.run_case, 0
+
+    def run_case(case: Any, setting: Any) -> Any:
+        if case.shape.batch == rows:
+            raise KeyboardInterrupt
+        return inner(case, setting)
+
+    monkeypatch.setattr(runner, "run_case", run_case)
+    arguments = ["bench", "--shape", "4,32,1", "--shape", "8,32,1", "--contenders", "ours"]
+    arguments += ["--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
+    for rows, kept in ((4, False), (8, True)):  # noqa: B007
+        assert main(arguments) == 130
+        assert (f"measured is in {tmp_path / 'quick.json'}" in capsys.readouterr().err) == kept
+        assert (tmp_path / "quick.json").exists() == kept
+    shapes = [case["shape"] for case in results.read_json(tmp_path / "quick.json")["cases"]]
+    assert shapes == [[4, 32, 1]] * 2
 
 
 @pytest.mark.parametrize(
