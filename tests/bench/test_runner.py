@@ -50,6 +50,16 @@ class Drifting(Textbook):
         return answer if self.runs == 1 else Answer(answer.state + 1, answer.steps)
 
 
+class Loose(Textbook):
+    """Stops by another rule: at thirty times the tolerance that it is given."""
+
+    name = "loose"
+    baseline = False
+
+    def set_tolerances(self, tol: float, adjoint_tol: float) -> None:
+        super().set_tolerances(30 * tol, 30 * adjoint_tol)
+
+
 class Absent(Textbook):
     """Cannot run here."""
 
@@ -64,12 +74,12 @@ class Absent(Textbook):
 def result() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         contenders.contenders()
-        for kind in (Lazy, Drifting, Absent):
+        for kind in (Lazy, Drifting, Loose, Absent):
             patch.setitem(registry._REGISTRY, kind.name, kind)
         suite = suites.Suite(
             "test",
             suites.cases(SHAPE),
-            ("textbook", "lazy", "drifting", "absent", "ours"),
+            ("textbook", "lazy", "drifting", "loose", "absent", "ours"),
             rounds=3,
         )
         saved: list[int] = []
@@ -125,6 +135,19 @@ def test_failures_have_no_time(name: str, result: dict[str, Any]) -> None:
         assert entry["reason"]
         assert entry["seconds"] is None
         assert entry["ratio"] is None
+
+
+def test_whoever_stops_by_another_rule_is_brought_to_the_same_residual(
+    result: dict[str, Any],
+) -> None:
+    """By a tighter tolerance, in every mode, and no tighter than it takes."""
+    for case in result["cases"]:
+        entry = case["contenders"]["loose"]
+        assert entry["status"] == "ok", entry["reason"]
+        assert 1e-4 < entry["verified"]["residual"] <= 1e-3
+        assert 1e-5 <= entry["tolerances"]["forward"] < 1e-3 / 3
+    assert entry["verified"]["adjoint_residual"] <= 1e-3
+    assert entry["tolerances"]["forward_backward"] < 1e-3 / 3
 
 
 def test_table(result: dict[str, Any]) -> None:
