@@ -221,13 +221,17 @@ class Search:
     def finals(self, solve: str, fastest: Sequence[Trial], until: float) -> bool:
         """Times the fastest, those with the layer's own solver and the default together.
 
+        Of the fastest's solver what would run untuned is among them: that gives way to it, or not.
+
         Returns:
             Whether there is no reason to leave further ones: False after one raised, as on a device
             that failed all would.
         """
         own, left = self.own(solve), until - self.passed
         default = [t for t in own if t.default]
-        chosen = {id(t): t for t in (*fastest[:1], *own[:1], *default)}
+        alike = [t for f in fastest[:1] for t in self.by(solve, f.way.memory, f.way.ladder)]
+        plain = [t for t in alike if default and t.way.config == default[0].way.config]
+        chosen = {id(t): t for t in (*fastest[:1], *own[:1], *default, *plain)}
         for t in (*fastest[1:FINALISTS], *own[1:FINALISTS]):
             more = {**chosen, id(t): t}
             if FEWEST * sum(c.sample_seconds for c in more.values()) <= left:

@@ -265,6 +265,18 @@ def test_who_was_not_in_the_finals_does_not_win_them():
     assert run.best_solver() == (2, True)
 
 
+def test_what_the_best_solver_gains_is_known_though_its_default_is_slow():
+    """That was not among the fastest, and is what its configuration is held against."""
+    times = {(5, 0.75): 1.6, (2, 0.5): 1.0, (2, 0.9): 1.01, (2, 1.0): 1.02, (3, 0.75): 1.03,
+             (2, 0.75): 1.3}  # fmt: skip
+    run = finals(times)
+    assert run.finals("host", run.of("host"), 60)
+    assert run.kept("host", 2, True)[0].way.config == Host(0.5)
+    found = run.solver_gain((2, True))
+    assert found.sure
+    assert found.median == pytest.approx(1.6)
+
+
 @pytest.mark.parametrize(("rounds", "replaced"), [(0, False), (1, False), (2, False), (3, True)])
 def test_finals_cut_short_replace_nothing(rounds, replaced, monkeypatch):
     """One sample says less than the median of three."""
