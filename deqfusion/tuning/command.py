@@ -20,7 +20,7 @@ from deqfusion.tuning.result import FEWEST, Tuned, written
 
 __all__ = ["layer_from_file", "register_commands", "run"]
 
-DIM, MODALITIES, BUDGET = 512, 2, 120.0
+DIM, MODALITIES, GROUPS, BUDGET = 512, 2, 4, 120.0
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PRECISIONS = ("highest", "high", "medium")
 _KEY = "modality_weight1"
@@ -50,7 +50,8 @@ def register_commands(subparsers: Any) -> None:
         help="rows, for each of which there is a search (default 256)",
     )  # fmt: skip
     groups = WholeNumber(1, 1 << 16)
-    add("--num-groups", groups, 4, "groups of the normalisations", metavar="G")
+    words = f"groups of the normalisations (default {GROUPS}, or those of the run)"
+    add("--num-groups", groups, None, words, metavar="G")
     # Its name before it was the layer's and that of training.
     old: dict[str, Any] = {"dest": "num_groups", "default": argparse.SUPPRESS}
     parser.add_argument("--groups", type=groups, help=argparse.SUPPRESS, **old)
@@ -67,8 +68,8 @@ def register_commands(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--from-module", type=Path, metavar="FILE",
-        help="take parameters and sizes from a safetensors file, or the folder of a run, with a "
-        "layer in it, instead of random ones",
+        help="take parameters and sizes from a safetensors file, or with gate, skip and tail the "
+        "folder of a run, with a layer in it, instead of random ones",
     )  # fmt: skip
     seconds = RealNumber(0.0, above=True)
     words = f"seconds for every batch, about (default {BUDGET:g})"
@@ -131,7 +132,7 @@ def _tune(layer: DEQFusion, options: argparse.Namespace) -> int:
             layer, features, budget=options.budget or BUDGET, backward=not options.forward_only,
             target=options.target, save=save, folder=options.out, progress=not options.quiet,
         )  # fmt: skip
-        report(found, layer, rows)
+        report(found, layer, rows, random=options.from_module is None)
         if found.interrupted:
             return 130
         if not found.predicted and (found.file is None if save else not found.entries):
@@ -139,8 +140,11 @@ def _tune(layer: DEQFusion, options: argparse.Namespace) -> int:
     return code
 
 
-def report(found: Tuned, layer: DEQFusion, rows: int) -> None:
-    """Prints what was found."""
+def report(found: Tuned, layer: DEQFusion, rows: int, random: bool) -> None:
+    """Prints what was found.
+
+    random: whether the layer's parameters are.
+    """
     how = " (predicted, not measured; nothing is stored)" if found.predicted else ""
     sizes = f"{rows} rows, width {layer.dim}, {layer.num_modalities} modalities"
     print(f"{found.device}: {sizes}{how}")
@@ -161,6 +165,8 @@ def report(found: Tuned, layer: DEQFusion, rows: int) -> None:
         much = "predicted to be faster" if found.solver_speedup is None else found.solver_speedup
         print(f"solver: {new} instead of {old}: {much}; nobody looks it up, so write")
         print(f"  DEQFusion({layer.dim}, {layer.num_modalities}, solver={new})")
+        if random:
+            print("found with random parameters: trained ones may want another, --from-module FILE")
     elif found.entries or found.predicted:
         print(f"solver: {written(layer.solver)} is kept: no other is faster beyond the noise")
 
@@ -188,7 +194,7 @@ def _why_default(found: Tuned) -> str:
             f"{found.rounds} rounds in turn cannot tell what is faster from noise, {FEWEST} can: "
             "--budget bounds them"
         )
-    return "nothing else is faster beyond the noise"
+    return "with your solver nothing else is faster beyond the noise"
 
 
 def _device(name: str | None, target: str | None) -> torch.device:
@@ -210,32 +216,30 @@ def _device(name: str | None, target: str | None) -> torch.device:
 def _layer(options: argparse.Namespace) -> DEQFusion:
     """A layer of random parameters, or that of a file."""
     solver = Anderson(tol=options.tol, memory=options.memory)
-    kwargs: dict[str, Any] = {
-        "num_groups": options.num_groups, "solver": solver, "adjoint": Implicit(solver),
-    }  # fmt: skip
-    sizes = options.dim, options.modalities
+    kwargs: dict[str, Any] = {"solver": solver, "adjoint": Implicit(solver)}
+    groups, sizes = options.num_groups, (options.dim, options.modalities)
     if options.from_module is not None:
         if sizes != (None, None):
             raise ValueError(
                 "--from-module: got --dim or --modalities as well, expected the file to say them"
             )
-        layer = layer_from_file(options.from_module, **kwargs)
+        given = {} if groups is None else {"num_groups": groups}
+        layer = layer_from_file(options.from_module, **kwargs, **given)
     else:
-        dim = sizes[0] or DIM
-        if dim % options.num_groups:
-            raise ValueError(
-                f"--dim: got {dim}, expected a multiple of --num-groups, {options.num_groups}"
-            )
+        dim, groups = sizes[0] or DIM, groups or GROUPS
+        if dim % groups:
+            raise ValueError(f"--dim: got {dim}, expected a multiple of --num-groups, {groups}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            layer = DEQFusion(dim, sizes[1] or MODALITIES, **kwargs)
+            layer = DEQFusion(dim, sizes[1] or MODALITIES, num_groups=groups, **kwargs)
     return layer.to(getattr(torch, options.dtype))
 
 
 def layer_from_file(path: Path, **options: Any) -> DEQFusion:
     """The layer in a safetensors file or in the folder of a run; nothing is unpickled.
 
-    Sizes are those of its tensors, `options` are the layer's others.
+    Sizes are those of its tensors, `options` are the layer's others. Of a run its `config.json`
+    says how the cell is made; of a file alone nothing does, and what `options` lack is the default.
 
     Raises:
         ValueError: if it cannot be read, or holds no layer or several.
@@ -243,6 +247,7 @@ def layer_from_file(path: Path, **options: Any) -> DEQFusion:
     from safetensors import SafetensorError, safe_open
 
     if path.is_dir():
+        options = {**_cell_of(path), **options}
         path = path / "model.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
@@ -264,6 +269,16 @@ def layer_from_file(path: Path, **options: Any) -> DEQFusion:
         if name.startswith(prefixes[0])
     }
     return _built(path, found, options)
+
+
+def _cell_of(run: Path) -> dict[str, Any]:
+    """What a run's configuration says of the cell; nothing where it has none."""
+    from deqfusion.engine.runs import read_config
+
+    if not (run / "config.json").exists():
+        return {}
+    config = read_config(run)
+    return {name: config[name] for name in ("gate", "skip", "tail", "num_groups") if name in config}
 
 
 def _built(path: Path, found: dict[str, Tensor], options: dict[str, Any]) -> DEQFusion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -66,6 +67,29 @@ def test_a_checkpoint_gives_its_best_epoch(tmp_path):
     save_file(tensors, tmp_path / "checkpoint.safetensors")
     found = layer_from_file(tmp_path / "checkpoint.safetensors", num_groups=2)
     assert (found.gate_bias == 2).all()
+
+
+def test_a_run_says_how_its_cell_is_made(tmp_path, capsys):
+    """Another cell has other steps and other times; what is given on the command line wins."""
+    from deqfusion.engine.runs import CONFIG_FORMAT, CONFIG_VERSION
+    from deqfusion.tuning.command import layer_from_file
+
+    cell = {"gate": "identity", "skip": True, "tail": "norm_relu", "num_groups": 2}
+    config = {"format": CONFIG_FORMAT, "version": CONFIG_VERSION, "task": "toy", **cell}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(layer(**cell).state_dict(), tmp_path / "model.safetensors")
+    found = layer_from_file(tmp_path).options
+    assert {name: getattr(found, name) for name in cell} == cell
+    assert layer_from_file(tmp_path, num_groups=8).options.num_groups == 8
+    # Of the file alone nothing is known.
+    assert layer_from_file(tmp_path / "model.safetensors", num_groups=2).options.gate == "sigmoid"
+    arguments = ["autotune", "--from-module", str(tmp_path), "--batch", "20", "--budget", "1e-3"]
+    arguments += ["--quiet", "--dry-run", "--forward-only", "--device", "cpu"]
+    assert cli.main(arguments) in (0, 1)
+    assert "20 rows, width 16, 2 modalities" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.main(arguments) == 2
+    assert f"{tmp_path / 'config.json'}: expected a JSON object" in capsys.readouterr().err
 
 
 def file_of(kind: str, folder: Path) -> Path:
