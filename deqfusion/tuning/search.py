@@ -38,8 +38,8 @@ __all__ = ["Search", "clock"]
 
 COMPACTIONS = (0.5, 0.9, 1.0)
 
-SCREENED = 0.75
-"""Of the budget, for screening."""
+SCREENED, SCREENED_LEAST = 0.75, 0.25
+"""Of the budget, for screening: at most, and where a solve takes long at least."""
 
 SAMPLES, ROUNDS, FINALISTS = 3, 15, 4
 PROMISING = 4.0
@@ -258,9 +258,11 @@ class Search:
 
     def host(self) -> None:
         """Memory, ladder and compaction of the CPU implementation, one after the other."""
-        until = SCREENED * self.budget
         own = self.example.own
         self._known("host", Host(COMPACT_BELOW), *own)
+        # Finals of three ways take more where a solve does.
+        finals = 3 * FEWEST * (self.trials[0].seconds or 0.0)
+        until = max(min(SCREENED * self.budget, self.budget - finals), SCREENED_LEAST * self.budget)
         for stage in (self._memories, self._ladders, self._compactions):
             for way in stage(self._best_on_host()):
                 if self.passed > until:
