@@ -38,7 +38,7 @@ __all__ = ["Search", "clock"]
 
 COMPACTIONS = (0.5, 0.9, 1.0)
 
-SCREENED, SCREENED_LEAST = 0.75, 0.25
+SCREENED, SCREENED_LEAST = 0.75, 0.5
 """Of the budget, for screening: at most, and where a solve takes long at least."""
 
 SAMPLES, ROUNDS, FINALISTS = 3, 15, 4
@@ -260,8 +260,8 @@ class Search:
         """Memory, ladder and compaction of the CPU implementation, one after the other."""
         own = self.example.own
         self._known("host", Host(COMPACT_BELOW), *own)
-        # Finals of three ways take more where a solve does.
-        finals = 3 * FEWEST * (self.trials[0].seconds or 0.0)
+        # Finals of two ways at least, which take more where a solve does.
+        finals = 2 * FEWEST * (self.trials[0].seconds or 0.0)
         until = max(min(SCREENED * self.budget, self.budget - finals), SCREENED_LEAST * self.budget)
         for stage in (self._memories, self._ladders, self._compactions):
             for way in stage(self._best_on_host()):
