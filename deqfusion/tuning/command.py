@@ -168,7 +168,12 @@ def report(found: Tuned, layer: DEQFusion, rows: int, random: bool) -> None:
         if random:
             print("found with random parameters: trained ones may want another, --from-module FILE")
     elif found.entries or found.predicted:
-        print(f"solver: {written(layer.solver)} is kept: no other is faster beyond the noise")
+        why = "no other is faster beyond the noise"
+        if found.predicted:
+            why = "no other is predicted to be faster"
+        elif found.rounds < FEWEST:
+            why = "too little was timed to tell"
+        print(f"solver: {written(layer.solver)} is kept: {why}")
 
 
 def _report_kept(found: Tuned) -> None:
