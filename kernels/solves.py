@@ -102,7 +102,9 @@ def _views(
     backward: bool = False,
 ) -> tuple[Tensor, Packed]:  # fmt: skip
     """A block's packed parameters, of `pack` or packed here, and their parts."""
-    low = options.packs_low
+    # `pack` does not know the products' precision, on which it depends whether there is a ladder.
+    here = flat is None or flat.numel() == 0
+    low = options.climbs if here else options.packs_low
     found = Packed.of(
         layout, len(block.weights), block.modalities, len(block.vectors), low, backward
     )

@@ -1,9 +1,13 @@
 """Programs compiled ahead of time for devices that are not there, and what they need.
 
-    python -m deqfusion.kernels.targets [--target sm_90 ...] [--dim 500 ...]
+    python -m deqfusion.kernels.targets [--target sm_90 ...] [--dim 500 ...] [--precision high ...]
+                                        [--schedule row ...]
 
 Compiles every program in its shipped configurations and prints, per program and target, registers,
 stack (bytes spilled per thread), shared memory and the tensor-core instructions of its products.
+Precisions are those of `torch.get_float32_matmul_precision()` for float32 features, as
+`deqfusion.programs` reads them: "highest" is tf32x3 (ieee on AMD), from width 256 on with the
+ladder, "high" is tf32, whose cooperative programs keep a short history in registers.
 Exit code 1 if a program spills, needs more shared memory than the device has, or multiplies without
 tensor cores; 2 for bad options.
 
@@ -32,6 +36,7 @@ from .config import (
     INJECTION_TILES,
     SCHEDULES,
     Config,
+    SolveOptions,
     in_registers,
     shipped,
     shipped_schedules,
@@ -61,6 +66,10 @@ TARGETS = {
 }
 """Shared memory: CUDA C++ programming guide, table of compute capabilities (163 and 227 KB per
 block); AMD CDNA3 instruction set guide (64 KB of LDS per workgroup)."""
+
+MATMUL_PRECISIONS = ("highest", "high")
+LADDER_WIDTH = 256
+"""Of `deqfusion.reference.solve`, which this package does not import."""
 
 PRODUCTS = {
     "modality": (2, 3),
@@ -157,7 +166,7 @@ class Report:
     def __str__(self) -> str:
         products = ", ".join(f"{count} {name}" for name, count in sorted(self.products.items()))
         return (
-            f"{self.program:<36} {self.target:<7} registers {self.registers:>3}  stack "
+            f"{self.program:<44} {self.target:<7} registers {self.registers:>3}  stack "
             f"{self.stack:>4}  shared {self.shared:>6}  {products or 'no tensor cores'}"
         )
 
@@ -200,72 +209,104 @@ def phases() -> dict[str, tuple[int, int, int]]:
 DIMS = (128, 500, 768)
 
 
-def programs(target: str, dims: Sequence[int] = DIMS) -> list[Program]:
-    """The shipped configurations at some widths: N = 3, G = 4, the default solver."""
-    hip = TARGETS[target].backend == "hip"
+def options_of(target: str, precision: str, dim: int) -> SolveOptions:
+    """The default solver on a target, at one of `MATMUL_PRECISIONS`."""
+    strict = "ieee" if TARGETS[target].backend == "hip" else "tf32x3"
+    return SolveOptions(
+        precision=strict if precision == "highest" else "tf32", ladder=dim >= LADDER_WIDTH
+    )
+
+
+def programs(
+    target: str,
+    dims: Sequence[int] = DIMS,
+    precisions: Sequence[str] = MATMUL_PRECISIONS,
+    schedules: Sequence[str] = SCHEDULES,
+) -> list[Program]:
+    """The shipped configurations at some widths: N = 3, G = 4, the default solver.
+
+    With all schedules also what has none: packing, injection and the parameters' gradients.
+    """
+    found = []
+    for dim in dims:
+        layout = Layout(dim, 4)
+        for precision in precisions:
+            for schedule in schedules:
+                found += _solves(target, layout, precision, schedule)
+        if set(schedules) == set(SCHEDULES):
+            found += _without_schedule(layout)
+    return found
+
+
+def _solves(target: str, layout: Layout, precision: str, schedule: str) -> list[Program]:
+    """Solves and adjoints in a schedule, if it is one of the target's."""
     found = []
     arch = TARGETS[target].arch
     capability = arch if isinstance(arch, int) else 0
-    for dim in dims:
-        layout = Layout(dim, 4)
-        solve = {
-            "DIM": dim, "G": layout.groups, "P": layout.padded, "M": 5, "RELATIVE": True,
-            "PRECISION": "tf32" if hip else "tf32x3",
-            "LADDER": "" if hip or dim < 256 else "low",
+    options = options_of(target, precision, layout.dim)
+    solve = {
+        "DIM": layout.dim, "G": layout.groups, "P": layout.padded, "M": options.slots,
+        "RELATIVE": options.relative, "PRECISION": options.precision,
+        "LADDER": "low" if options.climbs else "",
+    }  # fmt: skip
+    modality = {"SKIP": False, "PRESENT": False}
+    fusion = {
+        "N": 3, "SIGMOID": True, "GATE_MASK": 0, "FUSION_MASK": False, "RELU_LAST": False,
+    }  # fmt: skip
+    forward = {"INIT": False, "TOLERANCE": False, "TRACE": False}
+    for kernel, constants in (
+        ("modality", {**modality, **forward}),
+        ("fusion", {**fusion, **forward, "STATUS": True}),
+        ("modality adjoint", {**modality, "TRUNCATED": False}),
+        ("fusion adjoint", {**fusion, "TRUNCATED": False}),
+    ):
+        adjoint = "adjoint" in kernel
+        if schedule not in shipped_schedules(adjoint, capability, layout.padded):
+            continue
+        config = shipped(schedule, adjoint=adjoint, capability=capability, padded=layout.padded)
+        tiles = {
+            "BM": config.rows, "BK": min(config.depth, layout.padded),
+            "COOPERATIVE": schedule == "cooperative",
+            "RESIDENT": in_registers(config, layout.padded, options.slots, options.climbs),
         }  # fmt: skip
-        modality = {"SKIP": False, "PRESENT": False}
-        fusion = {
-            "N": 3, "SIGMOID": True, "GATE_MASK": 0, "FUSION_MASK": False, "RELU_LAST": False,
-        }  # fmt: skip
-        forward = {"INIT": False, "TOLERANCE": False, "TRACE": False}
-        for schedule in SCHEDULES:
-            for kernel, constants in (
-                ("modality", {**modality, **forward}),
-                ("fusion", {**fusion, **forward, "STATUS": True}),
-                ("modality adjoint", {**modality, "TRUNCATED": False}),
-                ("fusion adjoint", {**fusion, "TRUNCATED": False}),
-            ):
-                adjoint = "adjoint" in kernel
-                if schedule not in shipped_schedules(adjoint, capability, layout.padded):
-                    continue
-                config = shipped(
-                    schedule, adjoint=adjoint, capability=capability, padded=layout.padded,
-                )  # fmt: skip
-                tiles = {
-                    "BM": config.rows, "BK": min(config.depth, layout.padded),
-                    "COOPERATIVE": schedule == "cooperative",
-                    "RESIDENT": in_registers(config, layout.padded, 5, solve["LADDER"] != ""),
-                }  # fmt: skip
-                together = schedule != "step"
-                for phase in (0,) if together else range(1, sum(phases()[kernel]) + 1):
-                    name = f"{kernel} {schedule} {'' if together else f'{phase} '}d={dim}"
-                    given = {**solve, **tiles, **constants, "PHASE": phase}
-                    found.append(Program(name, kernel, given, config))
-        packs = {
-            "J": 2, "V": 8, "OTHER_J": 2, "OTHER_V": 4, "DIM": dim, "G": layout.groups,
-            "P": layout.padded, "BT": 32, "LOW": True, "COUNTERS": COUNTERS, "BACKWARD": True,
-        }  # fmt: skip
-        found.append(Program(f"pack d={dim}", "pack", packs, Config(warps=4)))
-        rows = {"N": 3, "DIM": dim, "PRESENT": True, **INJECTION_TILES}
-        for name, constants in (
-            ("inject", {**rows, "STACKED": False}),
-            ("inject adjoint", rows),
-            ("inject sums", {"N": 3, "BM": 128}),
-        ):
-            found.append(Program(f"{name} d={dim}", name, constants, INJECTION))
-        gradients = {**GRADIENT_TILES, "DIM": dim, "G": layout.groups, "P": layout.padded}
-        for name, jobs in (
-            ("", {"SPLIT": 3, "SHARED": False, "FUSION": False, "OUTPUTS": 6, "V": 8}),
-            ("fusion ", {"SPLIT": 1, "SHARED": True, "FUSION": True, "OUTPUTS": 2, "V": 4}),
-        ):
-            found.append(
-                Program(
-                    f"{name}parameter gradients d={dim}",
-                    "parameter gradients",
-                    {**gradients, **jobs},
-                    GRADIENTS,
-                )
+        together = schedule != "step"
+        for phase in (0,) if together else range(1, sum(phases()[kernel]) + 1):
+            part = "" if together else f"{phase} "
+            name = f"{kernel} {schedule} {part}d={layout.dim} {precision}"
+            given = {**solve, **tiles, **constants, "PHASE": phase}
+            found.append(Program(name, kernel, given, config))
+    return found
+
+
+def _without_schedule(layout: Layout) -> list[Program]:
+    """Packing, injection and the parameters' gradients."""
+    found = []
+    dim = layout.dim
+    packs = {
+        "J": 2, "V": 8, "OTHER_J": 2, "OTHER_V": 4, "DIM": dim, "G": layout.groups,
+        "P": layout.padded, "BT": 32, "LOW": True, "COUNTERS": COUNTERS, "BACKWARD": True,
+    }  # fmt: skip
+    found.append(Program(f"pack d={dim}", "pack", packs, Config(warps=4)))
+    rows = {"N": 3, "DIM": dim, "PRESENT": True, **INJECTION_TILES}
+    for name, constants in (
+        ("inject", {**rows, "STACKED": False}),
+        ("inject adjoint", rows),
+        ("inject sums", {"N": 3, "BM": 128}),
+    ):
+        found.append(Program(f"{name} d={dim}", name, constants, INJECTION))
+    gradients = {**GRADIENT_TILES, "DIM": dim, "G": layout.groups, "P": layout.padded}
+    for name, jobs in (
+        ("", {"SPLIT": 3, "SHARED": False, "FUSION": False, "OUTPUTS": 6, "V": 8}),
+        ("fusion ", {"SPLIT": 1, "SHARED": True, "FUSION": True, "OUTPUTS": 2, "V": 4}),
+    ):
+        found.append(
+            Program(
+                f"{name}parameter gradients d={dim}",
+                "parameter gradients",
+                {**gradients, **jobs},
+                GRADIENTS,
             )
+        )
     return found
 
 
@@ -371,10 +412,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dim", action="append", type=int, help=f"width, repeatable; default: {DIMS}"
     )
+    parser.add_argument(
+        "--precision", action="append", choices=MATMUL_PRECISIONS,
+        help="of float32 products, repeatable; default: all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--schedule", action="append", choices=SCHEDULES,
+        help="repeatable, only its solves; default: all, and what has no schedule",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     failed = False
     try:
-        found = {t: programs(t, options.dim or DIMS) for t in options.target or TARGETS}
+        found = {
+            target: programs(
+                target, options.dim or DIMS, options.precision or MATMUL_PRECISIONS,
+                options.schedule or SCHEDULES,
+            )
+            for target in options.target or TARGETS
+        }  # fmt: skip
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

@@ -4,37 +4,106 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from deqfusion.kernels.targets import MOST_SPILLED, TARGETS, Report, main
+from deqfusion import programs as operators
+from deqfusion.kernels.targets import (
+    LADDER_WIDTH,
+    MATMUL_PRECISIONS,
+    MOST_SPILLED,
+    TARGETS,
+    Report,
+    main,
+    options_of,
+    programs,
+)
+from deqfusion.reference.solve import LADDER_WIDTH as reference_width
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_shipped_configurations(target):
-    """Groups of 128 channels, whose tiles need more than narrower ones; on sm_90 also of 256."""
-    # A process of its own: the interpreter, under which these tests run, compiles nothing.
+def compiled(*options):
+    """The lines of a run of the command, in a process of its own: the interpreter, under which
+    these tests run, compiles nothing."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    widths = ["--dim", "500", *(["--dim", "768"] if target == "sm_90" else [])]
     done = subprocess.run(
-        [sys.executable, "-m", "deqfusion.kernels.targets", "--target", target, *widths],
+        [sys.executable, "-m", "deqfusion.kernels.targets", *options],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
+    for line in lines:
+        found = re.search(r" .*registers +[1-9]\d*  stack +(\d+)  shared +\d", line)
+        assert found, line
+        assert int(found[1]) <= MOST_SPILLED
+    return lines
+
+
+def products(lines):
+    """How many lines have products on tensor cores."""
+    found = [re.search(r"[1-9]\d* (HMMA|HGMMA|UTCHMMA|v_mfma\w*)$", line) for line in lines]
+    return sum(map(bool, found))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shipped_configurations(target):
+    """What runs at the default precision: groups of 128 channels, whose tiles need more than
+    narrower ones, and on sm_90 also of 256."""
+    widths = ["--dim", "500", *(["--dim", "768"] if target == "sm_90" else [])]
+    lines = compiled("--target", target, "--precision", "highest", *widths)
     # Of a width: 4 solves in row, 4 in cooperative (below sm_90 no adjoints), 30 phases of step,
     # one pack, three kernels of the injection and two of the parameters' gradients.
     each = 6 + 30 + (6 if target == "sm_80" else 8)
     assert len(lines) == (2 * each if target == "sm_90" else each)
-    for line in lines:
-        found = re.search(rf" {target} .*registers +[1-9]\d*  stack +(\d+)  shared +\d", line)
-        assert found, line
-        assert int(found[1]) <= MOST_SPILLED
-    products = [re.search(r"[1-9]\d* (HMMA|HGMMA|UTCHMMA|v_mfma\w*)$", line) for line in lines]
+    assert all(f" {target} " in line for line in lines)
     # Of the phases 16 multiply.
-    assert sum(map(bool, products)) == len(lines) - (6 + 14) * len(lines) // each
+    assert products(lines) == len(lines) - (6 + 14) * len(lines) // each
     # Tiles of 64 rows, which only schedule step has, at width 500.
     assert any("HGMMA" in line for line in lines) is (target == "sm_90")
+    if target == "gfx942":
+        # In fp32 itself, with the ladder's bfloat16 products.
+        assert any(re.search(r"mfma_\w*_f32\b", line) and "_bf16" in line for line in lines)
+
+
+def test_shipped_configurations_with_their_history_in_registers():
+    """Schedule cooperative in tf32 ("high"), where it is the default up to groups of 128."""
+    lines = compiled(
+        "--target", "sm_90", "--precision", "high", "--schedule", "cooperative", "--dim", "500",
+    )  # fmt: skip
+    assert products(lines) == len(lines) == 4
+    assert all(" cooperative d=500 high " in line for line in lines)
+
+
+def test_what_is_compiled_is_what_runs():
+    """All that the default heuristic may choose, at both precisions, with and without a ladder."""
+    for target in TARGETS:
+        strict = "ieee" if target == "gfx942" else "tf32x3"
+        found = [p.constants for p in programs(target) if "LADDER" in p.constants]
+        kinds = {(c["PRECISION"], c["LADDER"], c["RESIDENT"]) for c in found if c["DIM"] == 500}
+        assert kinds == {(strict, "low", False), ("tf32", "", False), ("tf32", "", True)}
+        kinds = {(c["PRECISION"], c["LADDER"], c["RESIDENT"]) for c in found if c["DIM"] == 128}
+        assert kinds == {
+            (precision, "", resident)
+            for precision in (strict, "tf32")
+            for resident in (False, True)
+        }
+    assert reference_width == LADDER_WIDTH
+
+
+@pytest.mark.parametrize("precision", MATMUL_PRECISIONS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_precisions_are_those_of_the_operators(target, precision, monkeypatch):
+    arch = TARGETS[target].arch
+    if target == "gfx942":
+        monkeypatch.setattr(torch.version, "hip", "6.2")
+        found = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    else:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(arch, 10))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    expected = operators.precision(torch.float32, torch.device("cuda"))
+    assert options_of(target, precision, 512).precision == expected
 
 
 @pytest.mark.parametrize(
