@@ -51,8 +51,8 @@ def register_commands(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--budget", type=float, metavar="S",
-        help="seconds for the whole run, about: cases that would take longer are skipped, which "
-        "is said; default: no bound",
+        help="seconds for the whole run, about: cases and contenders that would take longer are "
+        "skipped, which is said; default: no bound",
     )  # fmt: skip
     _add_compare(parser)
     parser.add_argument("--no-pictures", action="store_true", help="write the JSON file only")

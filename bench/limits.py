@@ -3,14 +3,19 @@
 Time is taken to grow in a line with the operations of a step, B d^2 (3 N + 1), through the two
 nearest smaller sizes: what is the same at every size is not scaled. With fewer than two nothing is
 refused. What is refused is reported as skipped, with the estimate and where it comes from. A bound
-on the whole run goes by cases in the same way.
+on the whole run goes by cases in the same way, and stops what is verified beyond it: how long a
+compiler takes nobody knows before.
 """
 
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 
 from .suites import Case
 from .timing import Stopwatch
@@ -68,8 +73,40 @@ class Limit:
         )
 
 
+class OutOfTime(RuntimeError):
+    """Raised by `stopped` in what takes too long."""
+
+
+@contextmanager
+def stopped(seconds: float | None) -> Iterator[list[OutOfTime]]:
+    """Raises `OutOfTime` in the body after so many seconds, and lists it: others may have wrapped
+    it. Not for None, and outside of the main thread, which alone can be interrupted, not at all.
+    """
+    raised: list[OutOfTime] = []
+    usable = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if seconds is None or not usable:
+        yield raised
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raised.append(OutOfTime(f"not measured: verifying it took more than {seconds:.0f} s"))
+        raise raised[0]
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield raised
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+TO_VERIFY = 0.8
+"""Of a case's share of the time; the rest is for the timing."""
+
+
 class Budget:
-    """A bound on the seconds of a run, about: a contender's verification that has begun is ended.
+    """A bound on the seconds of a run, about: a case's rounds that have begun are ended.
 
     A case is expected to take what is on the line through the two nearest smaller ones, but no more
     than grows with the root of the size, as small ones are mostly fixed costs; or with fewer of
@@ -85,11 +122,24 @@ class Budget:
         self.seconds, self.clock, self.begin = seconds, clock, clock()
         self._known: dict[float, float] = {}
 
-    def refuse(self, case: Case) -> str | None:
-        """Why a case is not run, or None."""
+    def to_verify(self, cases: int, compiling: bool) -> float | None:
+        """Seconds that may go into verifying a case's contenders; None without a bound.
+
+        cases: how many are left, this one included; compiling: whether that is what takes long, so
+        that each has an equal share. Else one case may have all that is left.
+        """
+        if self.seconds is None:
+            return None
+        left = max(0.0, self.seconds - (self.clock() - self.begin))
+        return left * TO_VERIFY / (cases if compiling else 1)
+
+    def refuse(self, case: Case, compiling: bool = False) -> str | None:
+        """Why a case is not run, or None; compiling: as of `to_verify`, which then bounds it."""
         if self.seconds is None:
             return None
         at = size(case)
+        if compiling and self.clock() - self.begin < self.seconds:
+            return None
         expected = self._known.get(at) or _beyond(self._known, at)
         if expected is not None and at not in self._known:
             most = max(known for known in self._known if known < at)

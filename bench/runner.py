@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from deqfusion.tuning.result import told
 
 from . import contenders, environment, fits, floor, limits, peaks, resources, timing, work
-from .limits import Budget, Limit
+from .limits import Budget, Limit, OutOfTime, stopped
 from .problem import Problem, Shape
 from .results import FORMAT
 from .suites import MODES, Case, Suite, cases
@@ -71,6 +71,7 @@ class Setting:
         budget: which case would.
         progress: called with a line on what is happening.
         place: of the case among all.
+        cases: how many are left, that one included.
     """
 
     suite: Suite
@@ -81,6 +82,7 @@ class Setting:
     budget: Budget
     progress: Callable[[str], object]
     place: str = ""
+    cases: int = 1
 
 
 def run_case(case: Case, setting: Setting) -> list[Record]:
@@ -91,7 +93,7 @@ def run_case(case: Case, setting: Setting) -> list[Record]:
     """
     suite, target = setting.suite, case.target or setting.suite.target
     names, modes = names_of(suite, setting.device), case.modes or suite.modes
-    refusal = setting.budget.refuse(case)
+    refusal = setting.budget.refuse(case, setting.device.type == "cuda")
     absent = {
         name: _absent("skipped", reason)
         for name in names
@@ -109,14 +111,13 @@ def run_case(case: Case, setting: Setting) -> list[Record]:
             absent = {n: _absent("failed", f"problem: {told(error)}") for n in names} | absent
         else:
             truth = Truth(problem, target)
-            for name in names:
-                if name in absent:
-                    continue
-                if reason := setting.budget.short():
-                    absent[name] = _absent("skipped", reason)
-                    continue
-                setting.progress(f"{_where(case, setting)}: verifying {name}")
-                trials.append(Trial(name, problem, target, modes, truth))
+            found = _verified([n for n in names if n not in absent], case, setting, problem, truth)
+            trials = [trial for trial in found.values() if isinstance(trial, Trial)]
+            absent |= {
+                name: _absent("skipped", reason)
+                for name, reason in found.items()
+                if isinstance(reason, str)
+            }
     records = []
     for mode in modes:
         entries = dict(absent)
@@ -135,6 +136,38 @@ def run_case(case: Case, setting: Setting) -> list[Record]:
             }
         )
     return records
+
+
+def _verified(
+    names: Sequence[str], case: Case, setting: Setting, problem: Problem, truth: Truth
+) -> dict[str, Trial | str]:
+    """Trials by contender, in this order; of those for which there was no time, why."""
+    budget, modes = setting.budget, case.modes or setting.suite.modes
+    most = budget.to_verify(setting.cases, setting.device.type == "cuda")
+    begun = budget.clock()
+    found: dict[str, Trial | str] = {}
+    for name in names:
+        if reason := budget.short():
+            found[name] = reason
+            continue
+        left = None if most is None else most - (budget.clock() - begun)
+        if left is not None and left <= 0:
+            found[name] = (
+                f"not measured: the {most:.0f} s to verify this case's contenders are over"
+            )
+            continue
+        setting.progress(f"{_where(case, setting)}: verifying {name}")
+        try:
+            with stopped(left) as late:
+                trial = Trial(name, problem, truth.target, modes, truth)
+        except OutOfTime as error:
+            found[name] = str(error)
+            continue
+        found[name] = trial
+        for mode in modes:
+            if late and trial.status[mode] == "failed":
+                trial.status[mode], trial.reason[mode] = "skipped", str(late[0])
+    return found
 
 
 def _where(case: Case, setting: Setting) -> str:
@@ -287,6 +320,7 @@ def run(
             setting = Setting(suite, device, thread_count, gpu, limit, budget, progress)
             for index, case in enumerate(ordered, 1):
                 setting.place = f"{index} of {len(suite.cases)}"
+                setting.cases = len(suite.cases) - index + 1
                 begun = setting.budget.clock()
                 records = run_case(case, setting)
                 if any(e["seconds"] for r in records for e in r["contenders"].values()):

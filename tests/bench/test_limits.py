@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from typing import Any
+
 import pytest
 
-from deqfusion.bench import limits, page, report, runner, suites
+from deqfusion.bench import contenders, limits, page, report, runner, suites
 from deqfusion.bench.problem import Shape
 
 
@@ -91,6 +95,74 @@ def test_a_budget_that_is_spent() -> None:
     now = 5.0
     assert budget.refuse(case) is None
     assert limits.Budget(None).refuse(case) is None
+
+
+def test_where_compiling_takes_long_cases_have_equal_shares() -> None:
+    now = 0.0
+    small, large = (suites.Case(Shape(rows, 64, 1)) for rows in (4, 4000))
+    budget = limits.Budget(100.0, lambda: now)
+    assert budget.to_verify(4, True) == pytest.approx(20.0)
+    assert budget.to_verify(4, False) == pytest.approx(80.0)
+    budget.note(small, 10.0)
+    budget.note(suites.Case(Shape(8, 64, 1)), 30.0)
+    now = 60.0
+    assert budget.to_verify(2, True) == pytest.approx(16.0)
+    # By the line through two cases it would take hours.
+    assert budget.refuse(large, compiling=True) is None
+    assert budget.refuse(large) is not None
+    now = 100.0
+    assert budget.refuse(large, compiling=True) is not None
+    assert budget.to_verify(1, True) == 0.0
+    assert limits.Budget(None).to_verify(1, True) is None
+
+
+def test_what_is_stopped() -> None:
+    with pytest.raises(limits.OutOfTime, match="took more than 0 s"), limits.stopped(0.01):
+        time.sleep(20)
+    with limits.stopped(0.01) as late:
+        with contextlib.suppress(limits.OutOfTime):
+            time.sleep(20)
+        # Once, and not in what is left of the body.
+        time.sleep(0.05)
+    assert len(late) == 1
+    with limits.stopped(0.02) as late, limits.stopped(None):
+        pass
+    time.sleep(0.05)
+    assert not late
+
+
+@pytest.mark.parametrize("slow", [("forward",), ("forward_backward",)])
+def test_a_contender_that_compiles_for_too_long_ends_no_run(
+    slow: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others before it are timed, and what of it was verified; for those after it there is none."""
+    run = contenders.get("textbook").run
+
+    def late(self: Any, mode: str) -> Any:
+        if mode in slow:
+            try:
+                time.sleep(600)
+            except Exception as error:
+                raise RuntimeError("as compilers tell of what they were told") from error
+        return run(self, mode)
+
+    monkeypatch.setattr(contenders.get("textbook"), "run", late)
+    monkeypatch.setattr(limits, "TO_VERIFY", 0.4)
+    suite = suites.Suite(
+        "test", suites.cases(Shape(4, 16, 1)), ("ours", "textbook", "torchdeq"), rounds=2,
+        budget=12.0, device="cpu",
+    )  # fmt: skip
+    modes = {case["mode"]: case["contenders"] for case in runner.run(suite)["cases"]}
+    for mode, entries in modes.items():
+        assert entries["ours"]["status"] == "ok", entries["ours"]["reason"]
+        assert entries["ours"]["seconds"]["median"] > 0
+        stopped = mode in slow or slow == ("forward",)
+        assert entries["textbook"]["status"] == ("skipped" if stopped else "ok")
+        if stopped:
+            assert entries["textbook"]["seconds"] is None
+            assert "not measured: verifying it took more than" in entries["textbook"]["reason"]
+        assert entries["torchdeq"]["status"] in ("skipped", "unavailable")
+        assert "not measured: the " in entries["torchdeq"]["reason"]
 
 
 def test_what_takes_too_long_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
