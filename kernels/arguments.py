@@ -106,9 +106,10 @@ def tensors(arguments: Sequence[Any], buffers: Sequence[Tensor]) -> tuple[Any, .
     return tuple(a.tensor(buffers) if type(a) is Part else a for a in arguments)
 
 
-def specialisation(
-    arguments: Sequence[Any], buffers: Sequence[Tensor]
-) -> tuple[list[Any], list[Any]]:
+Special = tuple[list[Any], list[Any]]
+
+
+def specialisation(arguments: Sequence[Any], buffers: Sequence[Tensor]) -> Special:
     """What Triton may compile anew for, and the arguments with addresses for tensors and parts.
 
     Tensors by dtype and whether they begin at a multiple of 16 bytes, and by device, as Triton

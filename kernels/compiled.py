@@ -17,7 +17,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .arguments import Constants, specialisation, tensors
+from .arguments import Constants, Special, specialisation, tensors
 from .config import Config
 from .primitives import interpreted
 
@@ -37,11 +37,14 @@ class NotCompiled(RuntimeError):
 
 def resident(
     kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], config: Config,
-    device: torch.device, buffers: Sequence[Tensor] = (),
+    device: torch.device, buffers: Sequence[Tensor] = (), special: Special | None = None,
 ) -> int:  # fmt: skip
-    """Programs that the device can hold at once, by registers, shared memory and threads."""
+    """Programs that the device can hold at once, by registers, shared memory and threads.
+
+    special: `specialisation` of the arguments, where that is known.
+    """
     number = (constants if isinstance(constants, Constants) else Constants(constants)).number
-    kinds, _ = specialisation(arguments, buffers)
+    kinds, _ = special or specialisation(arguments, buffers)
     key = (number, kernel.__name__, config.warps, config.stages, device.index, *kinds)
     if key in _held:
         return _held[key]
@@ -68,14 +71,18 @@ def resident(
 def launched(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any],
     config: Config, extra: Mapping[str, Any], buffers: Sequence[Tensor],
+    special: Special | None = None,
 ) -> Any:  # fmt: skip
-    """Launches a kernel, compiled if need be, and returns it compiled; None in the interpreter."""
+    """Launches a kernel, compiled if need be, and returns it compiled; None in the interpreter.
+
+    special: as of `resident`.
+    """
     key = None
     if _FAST and not interpreted():
         number = (constants if isinstance(constants, Constants) else Constants(constants)).number
         active = driver.active
         device = active.get_current_device()
-        kinds, addresses = specialisation(arguments, buffers)
+        kinds, addresses = special or specialisation(arguments, buffers)
         key = (number, id(kernel), device, config.warps, config.stages, bool(extra), *kinds)
         known = _programs.get(key)
         if known is not None:

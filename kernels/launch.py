@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .arguments import Constants, Part, Scratch
+from .arguments import Constants, Part, Scratch, Special, specialisation
 from .compiled import COOPERATIVE, NOTHING, NotCompiled, launched, resident
 from .config import COUNTERS, MAX_PADDED, SCHEDULES, Config, SolveOptions, in_registers, shipped
 from .cost import default_config
@@ -264,9 +264,11 @@ class Plan:
         arguments = (*arguments, *self.numbers())
         buffers = self._scratch.allocate(self.device), packed
 
-        def once(phase: int, extra: Mapping[str, Any] = NOTHING) -> None:
+        def once(
+            phase: int, extra: Mapping[str, Any] = NOTHING, special: Special | None = None
+        ) -> None:
             given = self._specialised(kernel, constants, phase)
-            launch(kernel, grid, arguments, given, self.config, self.shape, extra, buffers)
+            launch(kernel, grid, arguments, given, self.config, self.shape, extra, buffers, special)
 
         if self.config.schedule == "step":
             if isinstance(counters, Part):
@@ -279,14 +281,15 @@ class Plan:
                 raise
         elif self.cooperative and not interpreted():
             given = self._specialised(kernel, constants, 0)
-            held = resident(kernel, arguments, given, self.config, self.device, buffers)
+            special = specialisation(arguments, buffers)
+            held = resident(kernel, arguments, given, self.config, self.device, buffers, special)
             least = self.blocks * self.groups
             if held < least:
                 raise NotResident(f"{least} programs at least, the device holds {held} at once")
             # As many row blocks for each program, or one less.
             rounds = -(-self.programs // (held // least))
             grid = (-(-self.programs // rounds), *grid[1:])
-            once(0, COOPERATIVE)
+            once(0, COOPERATIVE, special)
         else:
             once(0)
         return buffers
@@ -442,20 +445,21 @@ def solved(plan: Plan, run: Callable[[Plan], T]) -> T:
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any],
     config: Config, shape: str, extra: Mapping[str, Any] = NOTHING,
-    buffers: Sequence[Tensor] = (),
+    buffers: Sequence[Tensor] = (), special: Special | None = None,
 ) -> None:  # fmt: skip
     """Launches a kernel.
 
     Args:
         arguments: tensors, parts of `buffers`, and numbers.
         extra: options of the launch itself, for Triton.
+        special: `specialisation` of the arguments, where that is known.
 
     Raises:
         NotCompiled: if it cannot be compiled for the device: names program, config and device.
         Errors of the launch itself, as they are, with a note on the shape and the config.
     """
     try:
-        compiled = launched(kernel, grid, arguments, constants, config, extra, buffers)
+        compiled = launched(kernel, grid, arguments, constants, config, extra, buffers, special)
     except NotCompiled:
         raise
     except Exception as error:

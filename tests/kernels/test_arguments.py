@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import itertools
 
-from deqfusion.kernels import compiled
+from deqfusion.kernels import compiled, launch
 from deqfusion.kernels.arguments import (
     ALIGNED,
     PACKED,
@@ -20,7 +20,8 @@ from deqfusion.kernels.arguments import (
     specialisation,
     tensors,
 )
-from deqfusion.kernels.config import Config
+from deqfusion.kernels.config import Config, SolveOptions
+from deqfusion.kernels.layout import Layout
 
 CPU = torch.device("cpu")
 
@@ -138,6 +139,46 @@ def test_the_second_launch_goes_past_triton(monkeypatch):
         assert run(**changed) is not program
         assert len(kernel.compiled) == count + 1
     assert kernel.compiled[-1][2]["launch_cooperative_grid"] is True
+
+
+def test_a_cooperative_launch_looks_at_its_arguments_once(monkeypatch):
+    """At small sizes the host is the bound: what tells which program fits tells which to launch."""
+    counts = []
+
+    def counted(*arguments):
+        counts.append(len(arguments[0]))
+        return specialisation(*arguments)
+
+    monkeypatch.setattr(launch, "specialisation", counted)
+    monkeypatch.setattr(compiled, "specialisation", counted)
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(compiled, "interpreted", lambda: False)
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 77)
+    monkeypatch.setattr(compiled, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(compiled, "_programs", {})
+    held = []
+
+    class Held(dict):
+        def __contains__(self, key):
+            held.append(key)
+            return True
+
+        def __getitem__(self, key):
+            return 64
+
+    monkeypatch.setattr(compiled, "_held", Held())
+    plan = launch.Plan(
+        Layout(32, 2), 1, 40, SolveOptions(), Config("cooperative"), torch.device("cpu"),
+        "fusion", 1,
+    )  # fmt: skip
+    kernel, x = Kernel(), torch.zeros(8)
+    kernel.__name__ = "some_kernel"
+    for _ in range(2):
+        plan.run(kernel, (x, plan.empty(4), x, x), {"SIZE": 4}, (1, 3, 1), x)
+    assert counts == [4 + len(plan.numbers())] * 2
+    assert held[0] == held[1]
+    (((grid, _, _)),) = kernel.compiled[0][0].launches
+    assert grid == (3, 1, 2)
 
 
 def test_scratch_is_fp32_whatever_the_default_dtype_is():
