@@ -6,6 +6,7 @@ as long as the launch. Here what it found is kept by a shorter key (`kernels.arg
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -80,8 +81,12 @@ def launched(
     key = None
     if _FAST and not interpreted():
         number = (constants if isinstance(constants, Constants) else Constants(constants)).number
-        active = driver.active
-        device = active.get_current_device()
+        try:
+            active = driver.active
+            device = active.get_current_device()
+        except Exception as error:
+            # With the first program Triton compiles what it talks to the driver through.
+            raise _not_compiled(kernel, arguments, config, error) from error
         kinds, addresses = special or specialisation(arguments, buffers)
         key = (number, id(kernel), device, config.warps, config.stages, bool(extra), *kinds)
         known = _programs.get(key)
@@ -103,20 +108,29 @@ def launched(
 
 @contextmanager
 def _compiling(kernel: Any, arguments: tuple[Any, ...], config: Config) -> Iterator[None]:
-    """Errors of the compiler name program, config and device."""
+    """Errors of the compilers name program, config and device."""
     try:
         yield
+    except (CompilationError, OutOfResources, PTXASError, subprocess.CalledProcessError) as error:
+        raise _not_compiled(kernel, arguments, config, error) from error
     except Exception as error:
-        known = isinstance(error, CompilationError | OutOfResources | PTXASError)
-        # What the compiler's passes raise is told by its text alone.
-        if not known and "PassManager" not in str(error):
+        # What the compiler's passes raise is told by its text alone, and so is that there is no C
+        # compiler, which Triton needs for its launchers.
+        if "PassManager" not in str(error) and "C compiler" not in str(error):
             raise
-        raise NotCompiled(
-            f"{kernel.__name__} with {config} cannot be compiled for {_device(arguments)}: "
-            f"{str(error).splitlines()[0]}; DEQFUSION_BACKEND=reference does without it"
-        ) from error
+        raise _not_compiled(kernel, arguments, config, error) from error
+
+
+def _not_compiled(
+    kernel: Any, arguments: tuple[Any, ...], config: Config, error: Exception
+) -> NotCompiled:
+    said = (str(error) or repr(error)).splitlines()[0]
+    return NotCompiled(
+        f"{kernel.__name__} with {config} cannot be compiled for {_device(arguments)}: {said}; "
+        "DEQFUSION_BACKEND=reference does without it"
+    )
 
 
 def _device(arguments: tuple[Any, ...]) -> str:
-    device = arguments[0].device
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -26,7 +26,7 @@ class Config:
         rows: BM, rows of a program: a power of two, at least 16.
         depth: BK, channels of a product's inner step: a power of two, at least 16; more than the
             padded group's width is cut to that.
-        warps, stages: as Triton takes them.
+        warps, stages: as Triton takes them; warps a power of two.
 
     Raises:
         ValueError: naming the field, what was got and what was expected.
@@ -50,6 +50,8 @@ class Config:
         for name in ("warps", "stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.warps & (self.warps - 1):
+            raise ValueError(f"warps: got {self.warps}, expected a power of two")
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deqfusion import Anderson, Broyden, DEQFusion, Implicit, OneStep, Phantom, Picard, ops
-from deqfusion.kernels import interpreted, launch
+from deqfusion.kernels import compiled, interpreted, launch
 
 pytestmark = pytest.mark.skipif(
     not interpreted(), reason="compiled programs run on a device: tests/gpu has their tests"
@@ -201,7 +202,7 @@ def test_cpu_tensors_without_the_interpreter():
     assert "got CPU tensors, expected CUDA ones, or TRITON_INTERPRET=1" in done.stderr
 
 
-def test_errors_of_a_launch():
+def test_errors_of_a_launch(monkeypatch):
     """A program that cannot be compiled is named; any other error is noted and let through."""
     from triton.runtime.errors import OutOfResources
 
@@ -225,12 +226,25 @@ def test_errors_of_a_launch():
     x, named = torch.zeros(1), r"some_kernel with Config.* cannot be compiled for cpu: .*reference"
     for error in (
         OutOfResources(2, 1, "shared memory"), RuntimeError("PassManager::run failed"),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        subprocess.CalledProcessError(1, ["gcc"]),
     ):  # fmt: skip
         with pytest.raises(launch.NotCompiled, match=named):
             launch.launch(Kernel(error), (1,), (x,), {}, Config(), "")
         # Cooperative launches ask first how many programs can be resident.
         with pytest.raises(launch.NotCompiled, match=named):
             launch.resident(Kernel(error), (x,), {}, Config("cooperative"), torch.device("cpu"))
+    # So does what Triton compiles to talk to the driver, before any program.
+    with monkeypatch.context() as patch:
+
+        def no_driver():
+            raise FileNotFoundError("cuda.h")
+
+        active = SimpleNamespace(get_current_device=no_driver)
+        patch.setattr(compiled, "driver", SimpleNamespace(active=active))
+        patch.setattr(compiled, "interpreted", lambda: False)
+        with pytest.raises(launch.NotCompiled, match=named):
+            launch.launch(Kernel(None), (1,), (x,), {}, Config(), "")
     with pytest.raises(torch.OutOfMemoryError) as caught:
         launch.launch(
             Kernel(torch.OutOfMemoryError("no")), (1,), (x,), {}, Config(), "2 x 3 rows of 8"

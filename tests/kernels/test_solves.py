@@ -430,6 +430,7 @@ def test_options_out_of_range(options, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [({"rows": 24}, "rows: got 24, expected a power of two"), ({"warps": 0}, "warps: got 0"),
+     ({"warps": 6}, "warps: got 6, expected a power of two"),
      ({"schedule": "fast"}, "schedule: got 'fast', expected one of row, cooperative, step")],
 )  # fmt: skip
 def test_configs_out_of_range(config, message):
