@@ -7,7 +7,7 @@ import triton.language as tl
 
 from deqfusion import Anderson, DEQFusion, Status, functional
 from deqfusion.kernels import solves
-from deqfusion.kernels.config import SolveOptions
+from deqfusion.kernels.config import SolveOptions, in_registers
 from deqfusion.kernels.primitives import ANCHORED, EXACT, NEAR
 from deqfusion.kernels.solver import REACH, astray, finish, judge, kind_of
 from deqfusion.reference import host
@@ -208,3 +208,31 @@ def test_a_rising_residual_restarts_as_on_the_reference(config):
     # Of two restarts; what repels magnifies roundings as well.
     torch.testing.assert_close(residuals[:9], truth[:9], rtol=5e-2, atol=0.0)
     assert got.status[0] == expected.status[0]
+
+
+@pytest.mark.parametrize(
+    "config", [*SCHEDULES, Config("cooperative", depth=16)], ids=lambda config: config.schedule
+)
+def test_a_restart_forgets_the_history(config):
+    """A steep gate, in whose fifth evaluation the residual is more than ten times the best."""
+    torch.manual_seed(21)
+    # Drawn in fp64, and rounded: of these numbers it is known that the residual rises.
+    layer = DEQFusion(8, 1, num_groups=1, gate="identity", dtype=torch.float64)
+    with torch.no_grad():
+        layer.gate_weight.mul_(8)
+    modality, injection = torch.randn(1, 1, 8).double(), torch.randn(1, 8).double()
+    layer, tensors, cell = layer.float(), (modality.float(), injection.float()), layer.options
+    assert in_registers(config, 16, 5, climbs=False) == (config.schedule == "cooperative")
+    with torch.no_grad():
+        expected = functional.fusion_equilibrium(
+            *tensors, layer.fusion_parameters, cell=cell, trace=True,
+            solver=Anderson(tol=1e-9, max_steps=9, ladder="off"),
+        )  # fmt: skip
+        got = solves.solve_fusion(
+            *tensors, [t.detach() for t in layer.fusion_parameters], 1, cell.gate, cell.gate_input,
+            cell.tail, SolveOptions(rtol=1e-9, max_steps=9), record=True, config=config,
+        )  # fmt: skip
+    residuals, truth = got.trace[0, :, 0], expected.trace[0, :, 0]
+    relative = truth / expected.trace[0, :, 1]
+    assert relative[4] > 10 * relative[:4].min(), "no restart tests nothing"
+    torch.testing.assert_close(residuals, truth, rtol=5e-2, atol=0.0)
