@@ -297,6 +297,23 @@ def test_rows_that_are_not_finite():
     assert not got["back"][0][0, 1:4].any()
 
 
+def test_a_row_that_lost_a_modality_has_no_fusion():
+    """Whatever is injected: a state that is not finite can be of features that are."""
+    problem = Problem.new(8, num_groups=1)
+    lost = torch.zeros(2, 3, dtype=torch.int32)
+    lost[0, 1], lost[1, 2] = Status.NON_FINITE, Status.STAGNATED
+    plain, got = (
+        solves.solve_fusion(
+            problem.features, problem.injection, problem.fusion, 1, "sigmoid", "sum", "relu_norm",
+            SolveOptions(max_steps=3), modality_status=status,
+        )
+        for status in (None, lost)
+    )  # fmt: skip
+    assert got.status.tolist() == [plain.status[0], Status.NON_FINITE, plain.status[2]]
+    assert not got.state[1].any()
+    assert torch.equal(got.state[[0, 2]], plain.state[[0, 2]])
+
+
 def test_gradients_that_are_not_finite_or_zero():
     problem = Problem.new(num_groups=1)
     problem.gradient[:, 0] = 0.0
