@@ -19,7 +19,7 @@ from torch import Tensor
 from . import tuning
 from .arguments import Constants, Part, Scratch, Special, specialisation
 from .compiled import COOPERATIVE, NOTHING, NotCompiled, launched, resident
-from .config import COUNTERS, MAX_PADDED, SCHEDULES, Config, SolveOptions, in_registers, shipped
+from .config import COUNTERS, Config, SolveOptions, in_registers, shipped
 from .cost import default_config
 from .ended import Ended
 from .layout import Layout
@@ -330,12 +330,7 @@ def _planned(
     device: torch.device, solve: str, modalities: int, *_: int,
 ) -> Plan:  # fmt: skip
     """As `Plan.new`; what follows tells whether what is tuned, or refused, has changed."""
-    if layout.padded > MAX_PADDED:
-        raise ValueError(
-            f"dim {layout.dim} in {layout.groups} groups: got {layout.group} channels per "
-            f"group, the GPU programs (schedules {', '.join(SCHEDULES)}) have at most "
-            f"{MAX_PADDED}; DEQFUSION_BACKEND=reference has no limit"
-        )
+    layout.check()
     if isinstance(asked, str):
         asked = shipped(
             asked, adjoint="adjoint" in solve, capability=capability(device), padded=layout.padded

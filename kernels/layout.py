@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .config import COUNTERS
+from .config import COUNTERS, MAX_PADDED, SCHEDULES
 
 MIN_PADDED = 16
 
@@ -80,11 +80,26 @@ class Layout:
         """The inverse: (..., D_out, D_in) -> (..., d_out, d_in), contiguous."""
         return self.unpack(self.unpack(weight).transpose(-1, -2)).transpose(-1, -2).contiguous()
 
+    def check(self) -> None:
+        """Checks that tiles may be as wide as a padded group.
+
+        Raises:
+            ValueError: if not, naming the schedules, none of which has wider ones.
+        """
+        if self.padded > MAX_PADDED:
+            raise ValueError(
+                f"dim {self.dim} in {self.groups} groups: got {self.group} channels per "
+                f"group, the GPU programs (schedules {', '.join(SCHEDULES)}) have at most "
+                f"{MAX_PADDED}; DEQFUSION_BACKEND=reference has no limit"
+            )
+
 
 @functools.lru_cache(maxsize=256)
 def layout_of(dim: int, groups: int) -> Layout:
-    """A layout, made once."""
-    return Layout(dim, groups)
+    """A layout, made and checked once."""
+    layout = Layout(dim, groups)
+    layout.check()
+    return layout
 
 
 def packed_sizes(

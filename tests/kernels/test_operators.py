@@ -174,6 +174,9 @@ def test_what_the_programs_do_not_have():
         layer(solver=Broyden())(features)
     with pytest.raises(ValueError, match=rf"dtype: got torch.float64, .*{schedules} float32"):
         layer().double()([features[0].double()])
+    # Before anything is launched: to pack so much takes minutes in the interpreter.
+    with pytest.raises(ValueError, match=r"dim 2100 in 1 groups: .*row, cooperative, step\) have"):
+        DEQFusion(2100, 1, num_groups=1)([torch.randn(1, 2100)])
     with pytest.raises(ValueError, match="memory: got 9, expected 0 to 8"):
         layer(solver=Anderson(memory=9))(features)
 
