@@ -1,13 +1,15 @@
 """Programs compiled ahead of time for devices that are not there, and what they need.
 
     python -m deqfusion.kernels.targets [--target sm_90 ...] [--dim 500 ...] [--precision high ...]
-                                        [--schedule row ...]
+                                        [--schedule row ...] [--rows 32]
 
 Compiles every program in its shipped configurations and prints, per program and target, registers,
 stack (bytes spilled per thread), shared memory and the tensor-core instructions of its products.
 Precisions are those of `torch.get_float32_matmul_precision()` for float32 features, as
 `deqfusion.programs` reads them: "highest" is tf32x3 (ieee on AMD), from width 256 on with the
-ladder, "high" is tf32, whose cooperative programs keep a short history in registers.
+ladder, "high" is tf32, whose cooperative programs keep a short history in registers. Cooperative
+programs are of 16 rows; on sm_90 `cost.default_config` gives many rows to tiles of up to
+`cost.EFFORT`, for which there is --rows.
 Exit code 1 if a program spills, needs more shared memory than the device has, or multiplies without
 tensor cores; 2 for bad options.
 
@@ -45,7 +47,8 @@ from .layout import Layout
 
 MOST_SPILLED = 64
 """Bytes per thread. What spills so far are addresses that a program computes before its steps, and
-such programs were faster on an H100 than those with shallower products that do not (NOTES.md)."""
+such programs were faster on an H100 than those with shallower products that do not (NOTES.md). None
+is read within a product's loop: that is a fault."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ PRODUCTS = {
 """Phases of schedule step that multiply."""
 
 _TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|v_mfma\w*)")
+_SPILL = re.compile(r"\b(LDL|STL)\b")
+_LABEL = re.compile(r"(\.L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 
 
 _TYPES = {
@@ -135,7 +141,7 @@ class Report:
     """What one program needs on one target; stack and shared in bytes, -1 where not known.
 
     multiplies: whether it has matrix products; whole_tile: whether theirs should be HGMMA, of 64
-    rows on sm_90.
+    rows on sm_90; inner: instructions that spill or read what was spilled in loops of products.
     """
 
     program: str
@@ -146,12 +152,15 @@ class Report:
     products: dict[str, int]
     multiplies: bool = True
     whole_tile: bool = False
+    inner: int = 0
 
     def faults(self) -> list[str]:
         """Why the program must not be shipped; empty if it may."""
         found = []
         if self.stack > MOST_SPILLED:
             found.append(f"spills {self.stack} bytes per thread")
+        if self.inner:
+            found.append(f"spills within the loops of its products ({self.inner} instructions)")
         if self.stack < 0:
             found.append("does not say how much it spills")
         limit = TARGETS[self.target].shared
@@ -222,23 +231,27 @@ def programs(
     dims: Sequence[int] = DIMS,
     precisions: Sequence[str] = MATMUL_PRECISIONS,
     schedules: Sequence[str] = SCHEDULES,
+    rows: int = 16,
 ) -> list[Program]:
     """The shipped configurations at some widths: N = 3, G = 4, the default solver.
 
-    With all schedules also what has none: packing, injection and the parameters' gradients.
+    rows: of a program in the schedules row and cooperative. With all schedules also what has none:
+    packing, injection and the parameters' gradients.
     """
     found = []
     for dim in dims:
         layout = Layout(dim, 4)
         for precision in precisions:
             for schedule in schedules:
-                found += _solves(target, layout, precision, schedule)
+                found += _solves(target, layout, precision, schedule, rows)
         if set(schedules) == set(SCHEDULES):
             found += _without_schedule(layout)
     return found
 
 
-def _solves(target: str, layout: Layout, precision: str, schedule: str) -> list[Program]:
+def _solves(
+    target: str, layout: Layout, precision: str, schedule: str, rows: int
+) -> list[Program]:  # fmt: skip
     """Solves and adjoints in a schedule, if it is one of the target's."""
     found = []
     arch = TARGETS[target].arch
@@ -263,7 +276,9 @@ def _solves(target: str, layout: Layout, precision: str, schedule: str) -> list[
         adjoint = "adjoint" in kernel
         if schedule not in shipped_schedules(adjoint, capability, layout.padded):
             continue
-        config = shipped(schedule, adjoint=adjoint, capability=capability, padded=layout.padded)
+        config = shipped(
+            schedule, adjoint=adjoint, capability=capability, padded=layout.padded, rows=rows
+        )
         tiles = {
             "BM": config.rows, "BK": min(config.depth, layout.padded),
             "COOPERATIVE": schedule == "cooperative",
@@ -366,7 +381,29 @@ def compiled(program: Program, target: str) -> Report:
     return Report(
         program.name, target, registers, stack, binary.metadata.shared, products,
         multiplies(program), target == "sm_90" and program.config.rows >= 64,
+        spilled_in_products(code),
     )  # fmt: skip
+
+
+def spilled_in_products(code: str) -> int:
+    """Reads and writes of spilled registers in the innermost loops that multiply, of NVIDIA's code.
+
+    AMD's has other instructions, but its notes say what is spilled: so far nothing.
+    """
+    lines = code.splitlines()
+    labels = {found[1]: at for at, line in enumerate(lines) if (found := _LABEL.match(line))}
+    loops = {
+        (labels[found[1]], at)
+        for at, line in enumerate(lines)
+        if (found := _BRANCH.search(line)) and labels.get(found[1], at) < at
+    }
+    count = 0
+    for begin, end in loops:
+        around = any(begin <= b and e <= end for b, e in loops if (b, e) != (begin, end))
+        body = lines[begin:end]
+        if not around and any(map(_TENSOR_CORES.search, body)):
+            count += sum(map(bool, map(_SPILL.search, body)))
+    return count
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, str]:
@@ -420,13 +457,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--schedule", action="append", choices=SCHEDULES,
         help="repeatable, only its solves; default: all, and what has no schedule",
     )  # fmt: skip
+    parser.add_argument(
+        "--rows", type=int, default=16, help="of a program, but in schedule step (default: 16)"
+    )
     options = parser.parse_args(arguments)
     failed = False
     try:
         found = {
             target: programs(
                 target, options.dim or DIMS, options.precision or MATMUL_PRECISIONS,
-                options.schedule or SCHEDULES,
+                options.schedule or SCHEDULES, options.rows,
             )
             for target in options.target or TARGETS
         }  # fmt: skip

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from deqfusion import programs as operators
+from deqfusion.kernels.cost import default_config
+from deqfusion.kernels.layout import Layout
 from deqfusion.kernels.targets import (
     LADDER_WIDTH,
     MATMUL_PRECISIONS,
@@ -19,6 +21,7 @@ from deqfusion.kernels.targets import (
     main,
     options_of,
     programs,
+    spilled_in_products,
 )
 from deqfusion.reference.solve import LADDER_WIDTH as reference_width
 
@@ -118,6 +121,48 @@ def test_faults(stack, shared, products, fault):
     assert fault in found
     assert not Report("program", "sm_90", 100, MOST_SPILLED, 0, {"HMMA": 1}).faults()
     assert Report("program", "sm_90", 100, 0, 0, {"HMMA": 1}, whole_tile=True).faults()
+
+
+CODE = """
+.L_x_1:
+        /*0010*/                   {outer} ;
+.L_x_2:
+        /*0020*/                   HMMA.1688.F32.TF32 R80, R80, R94, R68 ;
+        /*0030*/                   {inner} ;
+        /*0040*/              @!P5 BRA `(.L_x_2) ;
+        /*0050*/                   {outer} ;
+.L_x_3:
+        /*0060*/                   {sums} ;
+        /*0070*/               @P1 BRA `(.L_x_3) ;
+        /*0080*/               @P2 BRA `(.L_x_4) ;
+        /*0090*/                   BRA `(.L_x_1) ;
+.L_x_4:
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_spills_within_products():
+    spill, other = "LDL.64 R4, [R1+0x10]", "LDG.E R4, desc[UR28][R22.64]"
+    assert spilled_in_products(CODE.format(outer=spill, inner=other, sums=spill)) == 0
+    assert spilled_in_products(CODE.format(outer=other, inner=spill, sums=other)) == 1
+    report = Report("program", "sm_90", 255, 8, 0, {"HMMA": 1}, inner=1)
+    assert report.faults() == ["spills within the loops of its products (1 instructions)"]
+
+
+def test_tiles_of_more_rows():
+    """As the default heuristic may choose them; schedule step has its own."""
+    (program, *_) = programs("sm_90", [500], ["high"], ["cooperative"], rows=32)
+    chosen = default_config(612, Layout(500, 4), 3, 132, adjoint=False, capability=90)
+    assert program.config == chosen
+    assert program.constants["BM"] == 32
+    assert not program.constants["RESIDENT"]
+    found = programs("sm_90", [500], ["high"], ["step"], rows=32)
+    assert found == programs("sm_90", [500], ["high"], ["step"])
+
+
+def test_options_that_are_none(capsys):
+    assert main(["--rows", "24"]) == 2
+    assert "rows: got 24, expected a power of two" in capsys.readouterr().err
 
 
 def test_a_width_that_groups_do_not_divide(capsys):
