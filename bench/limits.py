@@ -126,7 +126,7 @@ class Budget:
         """Seconds that may go into verifying a case's contenders; None without a bound.
 
         cases: how many are left, this one included; compiling: whether that is what takes long, so
-        that each has an equal share. Else one case may have all that is left.
+        that each has an equal share. Else one case may take what there is.
         """
         if self.seconds is None:
             return None
@@ -137,9 +137,9 @@ class Budget:
         """Why a case is not run, or None; compiling: as of `to_verify`, which then bounds it."""
         if self.seconds is None:
             return None
+        if compiling:
+            return self.short()
         at = size(case)
-        if compiling and self.clock() - self.begin < self.seconds:
-            return None
         expected = self._known.get(at) or _beyond(self._known, at)
         if expected is not None and at not in self._known:
             most = max(known for known in self._known if known < at)

@@ -149,7 +149,8 @@ def shipped(
     With 16 rows nearly without spills (`targets.MOST_SPILLED`) up to groups of 256 channels, with
     the default solver and cell. Below 90 the compiler keeps more of a program in registers, so that
     products are half as deep, adjoints have one stage, and schedule step tiles of 32 x 128 instead
-    of 64 x 128; wide groups take shallow products and small tiles, above 90 others deeper ones.
+    of 64 x 128, and tiles of 16 x 32 have four warps, as with eight an adjoint spilled within a
+    product's loop; wide groups take shallow products and small tiles, above 90 others deeper ones.
     `python -m deqfusion.kernels.targets` tells, and what wider groups spill.
     """
     old, wide = 0 < capability < 90, padded >= 256
@@ -162,6 +163,8 @@ def shipped(
         if new and rows * padded < 4096:
             warps = 4
         return Config(schedule, rows, depth=depth, warps=warps, stages=2)
+    if old and rows * padded <= 512:
+        return Config(schedule, rows, depth=16, warps=4, stages=1 if adjoint else 2)
     depth = 16 if old or wide or (adjoint and capability >= 100) else 32
     stages = 1 if (old and wide) or (adjoint and (old or wide)) else 2
     if schedule == "cooperative" and 90 <= capability < 100:

@@ -107,7 +107,7 @@ def test_where_compiling_takes_long_cases_have_equal_shares() -> None:
     budget.note(suites.Case(Shape(8, 64, 1)), 30.0)
     now = 60.0
     assert budget.to_verify(2, True) == pytest.approx(16.0)
-    # By the line through two cases it would take hours.
+    # By what the others took it would take minutes.
     assert budget.refuse(large, compiling=True) is None
     assert budget.refuse(large) is not None
     now = 100.0
@@ -147,14 +147,16 @@ def test_a_contender_that_compiles_for_too_long_ends_no_run(
         return run(self, mode)
 
     monkeypatch.setattr(contenders.get("textbook"), "run", late)
+    # A few seconds, of which a busy machine spends none beside what is tested.
+    monkeypatch.setattr(runner.peaks, "measure", lambda device: {})
     monkeypatch.setattr(limits, "TO_VERIFY", 0.4)
     suite = suites.Suite(
         "test", suites.cases(Shape(4, 16, 1)), ("ours", "textbook", "torchdeq"), rounds=2,
-        budget=12.0, device="cpu",
+        budget=8.0, device="cpu",
     )  # fmt: skip
     modes = {case["mode"]: case["contenders"] for case in runner.run(suite)["cases"]}
     for mode, entries in modes.items():
-        assert entries["ours"]["status"] == "ok", entries["ours"]["reason"]
+        assert entries["ours"]["status"] == "ok"
         assert entries["ours"]["seconds"]["median"] > 0
         stopped = mode in slow or slow == ("forward",)
         assert entries["textbook"]["status"] == ("skipped" if stopped else "ok")

@@ -78,6 +78,14 @@ def test_shipped_configurations_with_their_history_in_registers():
     assert all(" cooperative d=500 high " in line for line in lines)
 
 
+def test_shipped_configurations_of_narrow_groups():
+    """Tiles of 16 x 32, where registers are few: with eight warps one spilled in a product."""
+    lines = compiled(
+        "--target", "sm_80", "--precision", "high", "--schedule", "row", "--dim", "128",
+    )  # fmt: skip
+    assert products(lines) == len(lines) == 4
+
+
 def test_what_is_compiled_is_what_runs():
     """All that the default heuristic may choose, at both precisions, with and without a ladder."""
     for target in TARGETS:
