@@ -1,0 +1,103 @@
+"""`python -m deqfusion.bench.solves`: what needs no GPU, and the command where there is one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deqfusion import Anderson, DEQFusion
+from deqfusion.bench import solves
+from deqfusion.bench.problem import Shape
+
+pytest.importorskip("triton", reason="the GPU programs need Triton")
+from deqfusion.kernels.config import Config
+
+SHAPE = ["--shape", "16,64,2"]
+
+
+def job(rows: int) -> solves.Job:
+    return solves.Job(Shape(rows, 64, 2), "high", None, False, 1e-3)
+
+
+def test_configs() -> None:
+    assert solves.parse_config("auto") is None
+    assert solves.parse_config("step,32,64,8,3") == Config("step", 32, 64, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--config", "row,16"], "--config must be auto or schedule,rows,depth,warps,stages"),
+        (["--config", "rows,16,32,8,2"], "schedule: got 'rows', expected one of row"),
+        (["--config", "row,17,32,8,2"], "rows: got 17, expected a power of two"),
+        (["--compile", "2/2"], "K from 0 below OF"),
+        (["--shape", "16,64"], "16,64"),
+    ],
+)
+def test_bad_options(more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert solves.main([*SHAPE, *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert solves.main(SHAPE) == 2
+    assert "no GPU that torch can use, expected one" in capsys.readouterr().err
+
+
+def test_residuals_are_of_the_answer() -> None:
+    """In fp64: an answer's is below the tolerance, that of one that was moved is not."""
+    torch.manual_seed(0)
+    layer = DEQFusion(16, 2, solver=Anderson(tol=1e-3), gate_input="concat")
+    features = torch.randn(2, 8, 16)
+    with torch.no_grad():
+        eq = layer.equilibrium(features)
+        found = solves.residuals(layer, eq, features)
+        assert found.shape == (3, 8)
+        assert found.dtype == torch.float64
+        assert (found <= 1e-3).all()
+        eq.fused[3] += 0.1
+        moved = solves.residuals(layer, eq, features) > 1e-3
+    assert moved.nonzero().tolist() == [[2, 3]]
+
+
+def test_what_is_cut_off_leaves_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every line is written as soon as it is known, with why it has no time."""
+    out = tmp_path / "solves.json"
+    seen = []
+
+    def measured(job: solves.Job) -> dict[str, Any]:
+        seen.append(out.exists())
+        if job.shape.batch == 2:
+            raise RuntimeError("spills")
+        return {"wall_us": 7.0, "device_us": {"modality_solve": 5.0}, "steps": [3, 3, 4]}
+
+    assert solves.run([job(1), job(2), job(3)], out, 1e9, measured) == 1
+    assert seen == [False, True, True]
+    result = json.loads(out.read_text())
+    assert {"gpu", "commit", "versions"} <= result["environment"].keys()
+    first, second, third = result["solves"]
+    assert (first["shape"], first["config"], first["wall_us"]) == ("1,64,2", "auto", 7.0)
+    assert second["failed"] == "RuntimeError: spills"
+    assert "failed" not in third
+    assert "wall 7 us, steps [3, 3, 4]; modality_solve 5" in capsys.readouterr().out
+    assert solves.run([job(1)], out, -1.0, measured) == 1
+    (line,) = json.loads(out.read_text())["solves"]
+    assert line["failed"] == "not measured: out of time"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_command(tmp_path: Path) -> None:
+    out = tmp_path / "solves.json"
+    assert solves.main([*SHAPE, "--precision", "medium", "--backward", "--out", str(out)]) == 0
+    (line,) = json.loads(out.read_text())["solves"]
+    assert line["device_us"]["modality_solve"] > 0
+    assert line["worst_residual"] <= 1e-3
