@@ -225,7 +225,8 @@ def pack(
     """Both blocks' parameters as the Triton programs read them, in one launch.
 
     What `modality_equilibrium` and `fusion_equilibrium` with the same options take as `packed`;
-    empty where the reference runs. Pack anew when a parameter changes: nothing notices.
+    empty where the reference runs. Pack anew when a parameter changes, or
+    `torch.get_float32_matmul_precision()`: nothing notices.
     """
     one, two = torch.ops.deqfusion.pack(*modality, *fusion, *cell, solver.encoded)
     return one, two

@@ -295,11 +295,11 @@ def _fake_inject_adjoint(
 
 def _fake_pack(*arguments: Any) -> Any:
     """The reference reads the parameters as they are: nothing is packed for it."""
-    m, _, c, s, _ = _split(arguments, _M, _F, _C, _S)
+    m, _, c, _, _ = _split(arguments, _M, _F, _C, _S)
     weight, sizes = m[0], (0, 0)
     if implementation(weight.device.type) == "triton":
         count, dim = weight.shape[:2]
-        sizes = programs.packed_sizes(count, dim, CellOptions(*c), SolverOptions.decode(*s))
+        sizes = programs.packed_sizes(count, dim, CellOptions(*c))
     return tuple(weight.new_empty(size, dtype=torch.float32) for size in sizes)
 
 

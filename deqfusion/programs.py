@@ -4,13 +4,17 @@ Functions take what the operators of `deqfusion.ops` take, in plain values of th
 the same. What the programs do not have is refused by name, never run elsewhere. Precision of the
 products follows the features and `torch.get_float32_matmul_precision()`:
 
-    float32    "highest": tf32x3 (ieee on AMD)    "high", "medium": tf32
-    (ieee where there are no such products: NVIDIA before sm_80, AMD but gfx942)
-    bfloat16, float16: tf32, computed in float32 like everywhere
+    float32    "highest": tf32x3 (ieee on AMD)    "high": tf32    "medium": half
+    (ieee where there are no products in tf32: NVIDIA before sm_80, AMD but gfx942)
+    bfloat16, float16: half
+
+"half" is float16 in every step, of factors that the normalisations and unit gradients keep within
+its range (beyond 65504 a row is NON_FINITE), and tf32 in products of which there is one a solve.
 
 Statistics, history and states are float32 throughout. With `ladder="auto"`, from width 256 on, the
 first steps of "highest" have bfloat16 products; the steps that end a row do not. None has them
-throughout: of a state rounded to bfloat16 the residual stalls near 1e-3.
+throughout: of a state rounded to bfloat16 the residual stalls near 1e-3, of one rounded to float16,
+which has as many bits as tf32, it does not.
 """
 
 from __future__ import annotations
@@ -61,16 +65,32 @@ def available(device: torch.device) -> None:
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:
     """The precision of products for features of a dtype, see the head of this file."""
-    if device.type == "cpu":
-        return "ieee"
-    strict = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    if torch.version.hip is not None:
-        # Of AMD's, Triton has tf32 products for one.
-        arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        return "ieee" if strict or arch != "gfx942" else "tf32"
-    if torch.cuda.get_device_capability(device)[0] < 8:
+    if _halves(dtype, device):
+        return "half"
+    strict = torch.get_float32_matmul_precision() == "highest"
+    if not _has_tf32(device) or (strict and torch.version.hip is not None):
         return "ieee"
     return "tf32x3" if strict else "tf32"
+
+
+def _halves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether steps multiply in float16."""
+    low = dtype != torch.float32 or torch.get_float32_matmul_precision() == "medium"
+    return low and _has_tf32(device)
+
+
+def _has_tf32(device: torch.device) -> bool:
+    """Whether products in tf32 exist: of AMD's devices Triton has them for one."""
+    if device.type == "cpu":
+        return False
+    try:
+        if torch.version.hip is not None:
+            arch = torch.cuda.get_device_properties(device).gcnArchName
+            return arch.split(":")[0] == "gfx942"
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    except (AssertionError, RuntimeError):
+        # Traced for a device that is not here, which is then taken for a new one.
+        return True
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -136,15 +156,15 @@ def inject_adjoint(
     return injection.inject_adjoint(gradient, injected_gradient, x, present, weight, bias)
 
 
-def packed_sizes(count: int, dim: int, cell: CellOptions, o: SolverOptions) -> tuple[int, int]:
+def packed_sizes(count: int, dim: int, cell: CellOptions) -> tuple[int, int]:
     """Elements of both tensors of `pack`, for N modalities of width d."""
     from deqfusion.kernels.layout import Layout, packed_sizes
 
-    layout, low = Layout(dim, cell.num_groups), _packs_low(o, dim)
+    layout = Layout(dim, cell.num_groups)
     jobs = 3 if cell.gate_input == "concat" else 2
     return (
-        sum(packed_sizes(layout, 2, count, len(ModalityParameters._fields) - 2, low)),
-        sum(packed_sizes(layout, jobs, 1, len(FusionParameters._fields) - 2, low)),
+        sum(packed_sizes(layout, 2, count, len(ModalityParameters._fields) - 2)),
+        sum(packed_sizes(layout, jobs, 1, len(FusionParameters._fields) - 2)),
     )
 
 
@@ -154,12 +174,9 @@ def pack(
     """Both blocks' parameters for solves with these options, in one launch."""
     from deqfusion.kernels import solves
 
-    low = _packs_low(o, p.weight1.shape[-1])
+    # Features have the dtype of the parameters. What is returned has no part without a value.
+    low = _kept(o, p.weight1).low or "bfloat16"
     return tuple(solves.pack(p, fusion, cell.num_groups, cell.gate_input, low))
-
-
-def _packs_low(o: SolverOptions, dim: int) -> bool:
-    return o.ladder and dim >= LADDER_WIDTH and o.method != "truncated"
 
 
 def solve_modality(

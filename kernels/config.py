@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_MEMORY = 8
-PRECISIONS = ("ieee", "tf32", "tf32x3", "low")
-"""Of products: fp32 as it is, in tensor-core formats of 10 and of 3 times 10 bits, and bfloat16."""
+PRECISIONS = ("ieee", "tf32", "tf32x3", "half", "low")
+"""Of products: fp32 as it is, in tensor-core formats of 10 and of 3 times 10 bits, float16 (in the
+steps, tf32 elsewhere: as many bits in half as many bytes), and bfloat16."""
 
 COUNTERS = 1024
 """Of meetings, packed with a block; a solve of more row blocks has its own."""
@@ -105,14 +106,24 @@ class SolveOptions:
         return self.memory if self.memory > 1 else 0
 
     @property
-    def packs_low(self) -> bool:
-        """Whether weights are packed in bfloat16 as well."""
-        return self.ladder and not self.truncated
-
-    @property
     def climbs(self) -> bool:
         """Whether there are two kinds of steps: not where products in tf32 take about as long."""
-        return self.packs_low and self.precision in ("ieee", "tf32x3")
+        return self.ladder and not self.truncated and self.precision in ("ieee", "tf32x3")
+
+    @property
+    def cheap(self) -> str:
+        """LADDER of the programs: how steps multiply in 16 bits, "" if they do not."""
+        return "half" if self.precision == "half" else "low" if self.climbs else ""
+
+    @property
+    def low(self) -> str:
+        """The format of 16 bits that weights are packed in, "" for none."""
+        return {"": "", "half": "float16", "low": "bfloat16"}[self.cheap]
+
+    @property
+    def planes(self) -> int:
+        """Planes (BM, W) that `cheap` takes of a row block's scratch, see `kernels.solver`."""
+        return {"": 0, "half": 1, "low": 5}[self.cheap]
 
     @property
     def products(self) -> str:
@@ -135,8 +146,9 @@ def in_registers(config: Config, padded: int, slots: int, climbs: bool) -> bool:
 
 
 def shipped(
-    schedule: str, *, adjoint: bool, capability: int, padded: int = 128, rows: int = 16
-) -> Config:
+    schedule: str, *, adjoint: bool, capability: int, padded: int = 128, rows: int = 16,
+    half: bool = False,
+) -> Config:  # fmt: skip
     """What runs where nothing was tuned.
 
     Args:
@@ -145,6 +157,7 @@ def shipped(
         capability: of a CUDA device, as 80 or 90; 0 for others.
         padded: P, channels of a padded group.
         rows: of a program; schedule step has its own.
+        half: whether steps multiply in float16, with as many bytes to a stage.
 
     With 16 rows nearly without spills (`targets.MOST_SPILLED`) up to groups of 256 channels, with
     the default solver and cell. Below 90 the compiler keeps more of a program in registers, so that
@@ -154,6 +167,14 @@ def shipped(
     `python -m deqfusion.kernels.targets` tells, and what wider groups spill.
     """
     old, wide = 0 < capability < 90, padded >= 256
+    if half:
+        # As many bytes of a weight to a stage; on sm_90 as many as were the fastest in tf32, where
+        # twice as deep an adjoint would spill more.
+        more = {"adjoint": adjoint, "capability": capability, "padded": padded, "rows": rows}
+        full = shipped(schedule, **more)  # type: ignore[arg-type]
+        if schedule == "cooperative" and 90 <= capability < 100 and not wide:
+            return full if adjoint else replace(full, depth=128)
+        return replace(full, depth=2 * full.depth)
     if schedule == "step":
         new = capability >= 100
         most = 4096 if old or (wide and (adjoint or new)) else 8192

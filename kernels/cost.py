@@ -191,24 +191,26 @@ def like(capability: int, processors: int) -> Device:
 
 @functools.lru_cache(maxsize=1024)
 def default_config(
-    rows: int, layout: Layout, blocks: int, processors: int, *, adjoint: bool, capability: int
-) -> Config:
+    rows: int, layout: Layout, blocks: int, processors: int, *, adjoint: bool, capability: int,
+    half: bool = False,
+) -> Config:  # fmt: skip
     """What runs where nothing was tuned.
 
     From capability 90 on schedule cooperative, which was the fastest at every shape measured on an
     H100, below 100 with so many rows to a program that all are through in the least time, by
-    `EFFORT`; else,
-    and where not even one row block fits the device, the shipped schedule with the least predicted
-    step, by the constants of the known device next to this one, with its own number of
-    multiprocessors.
+    `EFFORT`; else, and where not even one row block fits the device, the shipped schedule with the
+    least predicted step, by the constants of the known device next to this one, with its own number
+    of multiprocessors.
 
     Args:
         rows, layout, blocks: R, widths, and the number of blocks (N for the modalities, 1 for
             fusion).
         processors: multiprocessors of the device; 0 in the interpreter, which runs row.
-        adjoint, capability: as in `config.shipped`.
+        adjoint, capability, half: as in `config.shipped`.
     """
-    known: dict[str, Any] = {"adjoint": adjoint, "capability": capability, "padded": layout.padded}
+    known: dict[str, Any] = {
+        "adjoint": adjoint, "capability": capability, "padded": layout.padded, "half": half,
+    }  # fmt: skip
     if processors == 0 or rows == 0 or blocks == 0:
         return shipped("row", **known)
     device = like(capability, processors)

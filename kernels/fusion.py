@@ -166,8 +166,7 @@ def fusion_step(
                 )  # fmt: skip
                 s += a * factor
             value = s * tl.load(z + tile)
-            tl.store(u + tile, value)
-            keep(value, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
+            keep(value, u, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
     meet(counter, meeting + 1, G, COOPERATIVE)
     if PHASE == 0 or PHASE == 4:
         sums = no_sums(BM, M, RESIDENT)
@@ -260,6 +259,8 @@ def fusion_solve_rows(
             if INIT:
                 start = load_true(init, begin, local, live, group, column, DIM, DG)
             tl.store(z + tile, start)
+            if LADDER == "half":
+                tl.store(deltas + tile, start.to(tl.float16))
             if RESIDENT:
                 z_own = start
             tl.store(best_f + tile, tl.where(tl.abs(start) < float("inf"), start, 0.0))

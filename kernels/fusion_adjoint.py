@@ -121,8 +121,7 @@ def fusion_adjoint_step(
             )  # fmt: skip
             if FUSION_MASK:
                 r *= load_true(fusion_mask, begin, local, take_part, group, column, DIM, DG)
-            tl.store(r_rows + tile, r)
-            keep(r, anchors, deltas, tile, kind, LADDER)
+            keep(r, r_rows, anchors, deltas, tile, kind, LADDER)
     meet(counter, meeting + 1, G, COOPERATIVE)
     if PHASE == 0 or PHASE == 5:
         for group in range(first_group, last_group):
@@ -133,8 +132,7 @@ def fusion_adjoint_step(
             )  # fmt: skip
             tl.store(ys + tile, y * tl.load(s + tile))
             yt = y * tl.load(t + tile)
-            tl.store(yt_rows + tile, yt)
-            keep(yt, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
+            keep(yt, yt_rows, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
     meet(counter, meeting + 2, G, COOPERATIVE)
     if PHASE == 0 or PHASE == 6:
         totals = no_sums(BM, M, RESIDENT)

@@ -89,7 +89,9 @@ def watching() -> Iterator[list[Compiled]]:
 
 
 def product_precision(precision: str) -> str:
-    """What the device functions are told for an option of `kernels.config.PRECISIONS`."""
+    """PRECISION of the device functions for one of `kernels.config.PRECISIONS`."""
+    if precision == "half":
+        return "ieee" if interpreted() else "tf32"
     return "rounded" if precision == "low" and interpreted() else precision
 
 
@@ -197,9 +199,9 @@ class Plan:
 
     def scratch(self, planes: int) -> Part:
         """Per row block and block of its own, of BM x W elements: so many planes, the slots of the
-        history twice (f, then g), and on the ladder four in fp32 and two in bfloat16
+        history twice (f, then g), and what 16 bits take
         (`kernels.solver`). Next to one another, so that one address leads to all."""
-        planes += 2 * max(self.options.slots, 1) + (5 if self.options.climbs else 0)
+        planes += 2 * max(self.options.slots, 1) + self.options.planes
         return self.rows_of(self.blocks, planes)
 
     def meetings(self, counters: Part) -> tuple[Part | Tensor, ...]:
@@ -237,7 +239,7 @@ class Plan:
             "DIM": self.layout.dim, "G": self.layout.groups, "P": self.layout.padded,
             "BM": c.rows, "BK": min(c.depth, self.layout.padded), "M": o.slots,
             "RELATIVE": o.relative, "PRECISION": product_precision(o.precision),
-            "LADDER": product_precision("low") if o.climbs else "",
+            "LADDER": o.cheap if o.cheap != "low" else product_precision("low"),
             "COOPERATIVE": self.cooperative,
             "RESIDENT": in_registers(c, self.layout.padded, o.slots, o.climbs),
         }  # fmt: skip
@@ -333,8 +335,9 @@ def _planned(
     layout.check()
     if isinstance(asked, str):
         asked = shipped(
-            asked, adjoint="adjoint" in solve, capability=capability(device), padded=layout.padded
-        )
+            asked, adjoint="adjoint" in solve, capability=capability(device), padded=layout.padded,
+            half=options.cheap == "half",
+        )  # fmt: skip
     tuned = False
     if asked is None:
         asked = _tuned(device, solve, layout, modalities, options, rows)
@@ -342,7 +345,7 @@ def _planned(
         if not tuned and device.type == "cuda" and rows and blocks:
             _tell_untuned(device, solve, rows, layout, options)
     if asked is None:
-        asked = untuned(rows, layout, blocks, device, solve)
+        asked = untuned(rows, layout, blocks, device, solve, options)
     if _would_wait(asked, layout):
         raise ValueError(
             f"schedule: got cooperative with {layout.groups} groups in Triton's interpreter, "
@@ -378,11 +381,14 @@ def _would_wait(config: Config, layout: Layout) -> bool:
     return config.schedule == "cooperative" and layout.groups > 1 and interpreted()
 
 
-def untuned(rows: int, layout: Layout, blocks: int, device: torch.device, solve: str) -> Config:
+def untuned(
+    rows: int, layout: Layout, blocks: int, device: torch.device, solve: str,
+    options: SolveOptions,
+) -> Config:  # fmt: skip
     """What runs where nothing was tuned."""
     return default_config(
         rows, layout, blocks, processors(device), adjoint="adjoint" in solve,
-        capability=capability(device),
+        capability=capability(device), half=options.cheap == "half",
     )  # fmt: skip
 
 
@@ -430,7 +436,7 @@ def solved(plan: Plan, run: Callable[[Plan], T]) -> T:
         name, config = device_name(plan.device), found or plan.config
         _refused.add(_refusal(name, plan.solve, plan.layout, plan.options, config))
         logger.warning("%s; so the tuned config is not used", error)
-        config = untuned(plan.rows, plan.layout, plan.blocks, plan.device, plan.solve)
+        config = untuned(plan.rows, plan.layout, plan.blocks, plan.device, plan.solve, plan.options)
         return solved(replace(plan, config=config, tuned=False), run)
     except torch.OutOfMemoryError as error:
         error.add_note(f"in a solve of {plan.shape} with {plan.config}")

@@ -103,16 +103,18 @@ def layout_of(dim: int, groups: int) -> Layout:
 
 
 def packed_sizes(
-    layout: Layout, jobs: int, count: int, vectors: int, low: bool, backward: bool = False
+    layout: Layout, jobs: int, count: int, vectors: int, backward: bool = False
 ) -> tuple[int, int, int, int, int]:
     """Sizes in fp32 elements of the tensors of `kernels.packing`, in their order.
 
+    They do not depend on the precision of products, which may be set anew between tracing and
+    running: there is always room for weights in 16 bits.
+
     Args:
         jobs, count, vectors: J, K and V of a block.
-        low, backward: whether there are these.
+        backward: whether there is this.
     """
     weights = jobs * count * layout.width**2
     return (
-        weights, count * vectors * layout.width, weights // 2 if low else 0, COUNTERS,
-        weights if backward else 0,
+        weights, count * vectors * layout.width, weights // 2, COUNTERS, weights if backward else 0,
     )  # fmt: skip

@@ -123,8 +123,7 @@ def modality_step(
                 z, w1, low1, deltas, anchors + BM * W, vectors, group, depth, kind, W,
                 DG, P, BM, BK, PRECISION, LADDER,
             )  # fmt: skip
-            tl.store(h + tile, value)
-            keep(value, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
+            keep(value, h, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
     meet(counter, meeting + 1, G, COOPERATIVE)
     if PHASE == 0 or PHASE == 3:
         sums = no_sums(BM, M, RESIDENT)
@@ -220,6 +219,8 @@ def modality_solve_rows(
             if INIT:
                 start = load_true(init + unpacked * DIM, begin, local, live, group, column, DIM, DG)
             tl.store(z + tile, start)
+            if LADDER == "half":
+                tl.store(deltas + tile, start.to(tl.float16))
             if RESIDENT:
                 z_own = start
             known = alive[:, None] & (tl.abs(start) < float("inf"))

@@ -128,8 +128,7 @@ def modality_adjoint_step(
                 tl.load(z + tile), xhat, rstd, vectors, z_rows, tile, local, group,
                 BM * W, W, G, DG, P, SKIP,
             )  # fmt: skip
-            tl.store(q_rows + tile, q)
-            keep(q, anchors, deltas, tile, kind, LADDER)
+            keep(q, q_rows, anchors, deltas, tile, kind, LADDER)
             if SKIP:
                 tl.store(p + tile, p_tile)
     meet(counter, meeting + 1, G, COOPERATIVE)
@@ -141,8 +140,7 @@ def modality_adjoint_step(
                 P, BK, PRECISION, LADDER,
             )  # fmt: skip
             _, s, _ = inner(r, xhat, rstd, vectors, tile, local, group, W, G, DG, P)
-            tl.store(s_rows + tile, s)
-            keep(s, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
+            keep(s, s_rows, anchors + 2 * BM * W, deltas + BM * W, tile, kind, LADDER)
     meet(counter, meeting + 2, G, COOPERATIVE)
     if PHASE == 0 or PHASE == 6:
         totals = no_sums(BM, M, RESIDENT)

@@ -2,7 +2,7 @@ r"""Packed parameters of one block or of both, in one launch: what the programs 
 
     forward    W, (J, K, out, in), for products x W^T            fp32
     vectors    (K, V, W)                                         fp32
-    low        the one that iterates, for the ladder's steps     bfloat16
+    low        the one that iterates, for steps in 16 bits       bfloat16 or float16
     counters   of the schedules, 0 before and after a solve      int32
     backward   W^T, (J, K, in, out), for products x W            fp32
 
@@ -46,21 +46,34 @@ class Packed(NamedTuple):
     @staticmethod
     @functools.cache
     def of(
-        layout: Layout, jobs: int, count: int, vectors: int, low: bool, backward: bool = False,
+        layout: Layout, jobs: int, count: int, vectors: int, low: str, backward: bool = False,
         buffer: int = PACKED,
     ) -> Packed:  # fmt: skip
-        """Parts of the one tensor that holds all; arguments as those of `packed_sizes`."""
+        """Parts of the one tensor that holds all.
+
+        layout, jobs, count, vectors, backward: as of `packed_sizes`; low: the format of 16 bits,
+        "" if nothing is in its place.
+        """
         width = layout.width
         shape = jobs, count, width, width
         none = 0, count, width, width
-        sizes = packed_sizes(layout, jobs, count, vectors, low, backward)
+        sizes = packed_sizes(layout, jobs, count, vectors, backward)
         starts = [4 * start for start in itertools.accumulate(sizes, initial=0)]
         return Packed(
             Part(buffer, starts[0], shape), Part(buffer, starts[1], (count, vectors, width)),
-            Part(buffer, starts[2], shape if low else none, torch.bfloat16),
+            Part(buffer, starts[2], shape if low else none, getattr(torch, low or "bfloat16")),
             Part(buffer, starts[3], sizes[3:4], torch.int32),
             Part(buffer, starts[4], shape if backward else none),
         )  # fmt: skip
+
+    def pair(
+        self, cheap: bool, backward: bool = False
+    ) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        """Weights of exact products, of `backward` or forward, and if asked for those of 16 bits,
+        for which else the others stand.
+        """
+        full = self.backward if backward else self.forward
+        return full.rows(), (self.low if cheap else full).rows()
 
     @property
     def numel(self) -> int:
@@ -100,7 +113,7 @@ def _weight(
     if BACKWARD:
         tl.store(backward + turned, value)
     if LOW:
-        tl.store(low + (turned if BACKWARD else straight), value.to(tl.bfloat16))
+        tl.store(low + (turned if BACKWARD else straight), value.to(low.dtype.element_ty))
 
 
 @triton.jit
@@ -184,7 +197,7 @@ def pack_kernel(
 
 
 def packed(
-    block: Parameters, layout: Layout, *, other: Parameters | None = None, low: bool = False,
+    block: Parameters, layout: Layout, *, other: Parameters | None = None, low: str = "",
     backward: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Packs the parameters of a block, and of another with K = 1, and clears their counters.
@@ -233,7 +246,7 @@ def _add(arguments: list[Any], weights: Sequence[Tensor], vectors: Sequence[Tens
 
 @functools.lru_cache(maxsize=256)
 def _how(
-    layout: Layout, shapes: tuple[tuple[int, int, int], ...], low: bool, backward: bool
+    layout: Layout, shapes: tuple[tuple[int, int, int], ...], low: str, backward: bool
 ) -> tuple[tuple[int, int, int], Constants, tuple[Packed, ...], str]:
     """Grid, constants, parts of every block's tensor and words for errors.
 
@@ -248,7 +261,7 @@ def _how(
     )  # fmt: skip
     constants = Constants({
         "J": jobs, "V": vectors, "OTHER_J": more_jobs, "OTHER_V": more_vectors,
-        "DIM": layout.dim, "G": layout.groups, "P": layout.padded, "BT": tile, "LOW": low,
+        "DIM": layout.dim, "G": layout.groups, "P": layout.padded, "BT": tile, "LOW": bool(low),
         "COUNTERS": COUNTERS, "BACKWARD": backward,
     })  # fmt: skip
     parts = tuple(

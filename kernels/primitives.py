@@ -9,7 +9,8 @@ true; accumulators and statistics are fp32.
 
 `PRECISION` of a product: "ieee", "tf32", "tf32x3" for fp32 operands; "low" rounds both operands to
 bfloat16, and "rounded" does so for the interpreter, whose bfloat16 products are wrong (Triton 3.7.1
-multiplies the bit patterns). Variance is that of the centred values, over the true channels.
+multiplies the bit patterns); "half" has operands in float16. Variance is that of the centred
+values, over the true channels.
 Source: Y. Wu and K. He, "Group normalization", ECCV 2018.
 """
 
@@ -47,7 +48,9 @@ def product(
         left = tl.load(a + (rows + (start + k)[None, :]))  # [BM, BK]
         # Summed channels next to one another, as matrix instructions take them in 32 bits.
         right = tl.trans(tl.load(w + (outputs + (start + k)[None, :])))  # [BK, P]
-        if PRECISION == "low":
+        if PRECISION == "half":
+            acc = tl.dot(left, right, acc)
+        elif PRECISION == "low":
             acc = tl.dot(left.to(tl.bfloat16), right.to(tl.bfloat16), acc)
         elif PRECISION == "rounded":
             left = left.to(tl.bfloat16).to(tl.float32)
@@ -69,10 +72,14 @@ def ladder_product(
     ANCHORED  a w, kept in through
     EXACT     a w
 
+    LADDER "half" has no such kinds: delta is a in float16, and every product delta low.
+
     w, low: the first output of all; delta, through: rows of W channels as a, of `keep` and here.
     """
     if LADDER == "":
         acc = product(a, w + group * P * W, depth, W, BM, P, BK, PRECISION)
+    elif LADDER == "half":
+        acc = product(delta, low + group * P * W, depth, W, BM, P, BK, LADDER)
     else:
         acc = tl.zeros([BM, P], dtype=tl.float32)
         if kind == NEAR:
@@ -88,12 +95,17 @@ def ladder_product(
 
 
 @triton.jit
-def keep(value, origin, delta, tile, kind, LADDER: tl.constexpr):
-    """Stores a factor's tile [BM, P] for `ladder_product`: as the origin, or less that in bfloat16.
+def keep(value, plane, origin, delta, tile, kind, LADDER: tl.constexpr):
+    """Stores a factor's tile [BM, P] for `ladder_product`: in its plane, and on the ladder as the
+    origin, or less that in bfloat16; with LADDER "half" in float16 and nowhere else.
 
     A factor takes its difference from what it was in the last ANCHORED evaluation.
     """
-    if LADDER != "":
+    if LADDER == "half":
+        tl.store(delta + tile, value.to(tl.float16))
+    else:
+        tl.store(plane + tile, value)
+    if LADDER != "" and LADDER != "half":
         every = tl.zeros(value.shape, dtype=tl.int32) + kind
         apart = value - tl.load(origin + tile, mask=every == NEAR, other=0.0)
         tl.store(delta + tile, apart.to(tl.bfloat16), mask=every == NEAR)

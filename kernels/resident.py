@@ -11,7 +11,8 @@ step on. The oldest residual is as a rule the largest, and eliminated first. Sum
 tuples (||g||^2, ||f||^2, <g, g_0>, ...) of [BM]. All of it is fp32.
 
 What other programs read, z, goes through global memory as ever, and so does the best iterate, which
-is only written. There is no ladder: what that keeps would not find registers as well.
+is only written. There is no ladder: what that keeps would not find registers as well (LADDER "half"
+keeps nothing, and is one in name only).
 Source: as `kernels.anderson`.
 """
 
@@ -81,8 +82,9 @@ def gather_all(partials, step, G: tl.constexpr, M: tl.constexpr, BM: tl.constexp
 @triton.jit
 def advance_held(
     held, t, change, z, best_f, best_g, sums, step, first, ridge, mixing, improved, moving, lost,
-    restarts, group,
+    restarts, group, deltas,
     W: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr,
+    LADDER: tl.constexpr,
 ):  # fmt: skip
     """As `solver.advance`, of a program of one group. Returns what it holds from then on."""
     state, f, g, gram = held
@@ -117,6 +119,8 @@ def advance_held(
         following = tl.where(lost[:, None], best - back[:, None] * step_back, following)
     state = tl.where(moving[:, None], following, state)
     tl.store(z + tile, state)
+    if LADDER == "half":
+        tl.store(deltas + tile, state.to(tl.float16))
     later_f = ()
     later_g = ()
     later = ()

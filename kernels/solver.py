@@ -52,19 +52,24 @@ HELD = tl.constexpr(2048)
 @triton.jit
 def planes_of(own: tl.constexpr, M: tl.constexpr, LADDER: tl.constexpr):
     """Planes (BM, W) of a row block's scratch, of which `own` are the kernel's and come first."""
-    return own + 2 * (M if M > 0 else 1) + (0 if LADDER == "" else 5)
+    return own + 2 * (M if M > 0 else 1) + (0 if LADDER == "" else 1 if LADDER == "half" else 5)
 
 
 @triton.jit
 def history_of(f, W: tl.constexpr, BM: tl.constexpr, M: tl.constexpr, LADDER: tl.constexpr):
     """g, anchors and deltas, which follow the slots of f in a row block's scratch.
 
-    On the ladder: four planes in fp32, and two in bfloat16; else the last are g.
+    On the ladder: four planes in fp32, and two in bfloat16; with LADDER "half" the last two, in
+    float16, follow g; else these are g.
     """
     g = f + (M if M > 0 else 1) * BM * W
     if LADDER == "":
         anchors = g
         deltas = g
+    elif LADDER == "half":
+        anchors = g
+        deltas = g + M * BM * W if M > 0 else g + BM * W
+        deltas = deltas.to(tl.pointer_type(tl.float16), bitcast=True)
     else:
         anchors = g + M * BM * W if M > 0 else g + BM * W
         deltas = (anchors + 4 * BM * W).to(tl.pointer_type(tl.bfloat16), bitcast=True)
@@ -181,7 +186,7 @@ def gather_sums(
 @triton.jit
 def kind_of(exact, step, LADDER: tl.constexpr):
     """How the products of an evaluation are made: EXACT, or on the ladder ANCHORED or NEAR."""
-    if LADDER == "":
+    if LADDER == "" or LADDER == "half":
         kind = EXACT
     else:
         anchored = (step == 0) | ((step - FIRST_ANCHOR) % ANCHOR_EVERY == 0)
@@ -237,7 +242,8 @@ def advance(
 
     z, best_f, best_g: scalar pointers to the program's first row of W channels; f, g: the same in
     slot 0 of the history, whose slots are next to one another; restarts counts this one. With
-    a LADDER z is a factor of products, of which anchors has the origin and deltas the difference.
+    a LADDER z is a factor of products, of which anchors has the origin and deltas the difference,
+    or, with "half", z in float16.
     """
     newest = step % M if M > 0 else 0 * step
     rows = tl.arange(0, BM)[:, None] * W
@@ -272,7 +278,9 @@ def advance(
             best = tl.load(best_f + tile, mask=lost[:, None], other=0.0)
             step_back = tl.load(best_g + tile, mask=lost[:, None], other=0.0)
             following = tl.where(lost[:, None], best - back[:, None] * step_back, following)
-        if LADDER != "":
+        if LADDER == "half":
+            tl.store(deltas + tile, following.to(tl.float16), mask=moving[:, None])
+        elif LADDER != "":
             # What was evaluated is the next differences' origin, or there is one.
             every = tl.zeros([BM, C], dtype=tl.int32) + kind
             evaluated = tl.load(z + tile, mask=every == ANCHORED, other=0.0)
@@ -303,6 +311,7 @@ def finish(
     whether z itself is multiplied, not what is made of it; held, t, change: of a RESIDENT program.
     Returns all eight, the step's number and held, as the next step finds them.
     """
+    CLIMBS: tl.constexpr = LADDER != "" and LADDER != "half"
     local = tl.arange(0, BM)
     g2, f2 = sums[0], sums[1]
     done += running.to(tl.int32)
@@ -329,7 +338,7 @@ def finish(
         improved, ended, code, fell, fell_at = judge(
             gn, fn, done, running, best, improved_at, restarts, done >= max_steps, rtol, atol
         )
-        if LADDER != "":
+        if CLIMBS:
             judged = local * 0 + kind != NEAR
             improved = improved & judged
             ended = ended & judged
@@ -338,7 +347,7 @@ def finish(
         moving = running & (ended == 0)
         lost = astray(gn, fn, moving, fell, restarts, RELATIVE)
         running = moving
-        if LADDER != "":
+        if CLIMBS:
             near = gn <= (atol + rtol * fn) * REACH
             leaving = moving & (lost | near | (done + 1 >= max_steps))
             running = moving & ((leaving == 0) | (local * 0 + exact > 0))
@@ -356,7 +365,7 @@ def finish(
     if RESIDENT:
         held = advance_held(
             held, t, change, z, best_f, best_g, sums, step, first, ridge, mixing, improved, moving,
-            lost, restarts, first_group, W, P, M, BM, RELATIVE,
+            lost, restarts, first_group, deltas, W, P, M, BM, RELATIVE, LADDER if FACTOR else "",
         )  # fmt: skip
     else:
         advance(
@@ -364,7 +373,7 @@ def finish(
             improved, moving, lost, restarts, kind, first_group, last_group, W, P, M, BM, RELATIVE,
             TRUNCATED, LADDER if FACTOR else "",
         )  # fmt: skip
-    if LADDER != "":
+    if CLIMBS:
         # All rows wait, or ended: those that wait go on.
         switch = (local * 0 + exact == 0) & (tl.max(running.to(tl.int32), 0) == 0)
         exact = tl.max(tl.where(switch, 1, local * 0 + exact), 0)
@@ -380,7 +389,7 @@ def fresh(alive, BM: tl.constexpr, LADDER: tl.constexpr):
     """What `finish` returns after alive, as the first step finds it, for rows alive [BM]."""
     zero = tl.zeros([BM], dtype=tl.int32)
     step = tl.min(zero, 0)
-    exact = step + 1 if LADDER == "" else step
+    exact = step + 1 if LADDER == "" or LADDER == "half" else step
     best = tl.full([BM], float("inf"), dtype=tl.float32)
     return alive, best, zero, zero, zero, zero, exact, step
 

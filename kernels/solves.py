@@ -80,13 +80,13 @@ def _fusion_block(parameters: Sequence[Tensor], gate_input: str) -> Parameters:
 
 
 def pack(
-    modality: Sequence[Tensor], fusion: Sequence[Tensor], groups: int, gate_input: str, low: bool
+    modality: Sequence[Tensor], fusion: Sequence[Tensor], groups: int, gate_input: str, low: str
 ) -> list[Tensor]:
     """Both blocks' parameters for `solve_modality` and `solve_fusion`, in one launch.
 
     Args:
         modality, fusion, groups, gate_input: as those take them.
-        low: `SolveOptions.packs_low` of the solves.
+        low: `SolveOptions.low` of the solves.
 
     Returns:
         One fp32 tensor for each block.
@@ -102,14 +102,11 @@ def _views(
     backward: bool = False,
 ) -> tuple[Tensor, Packed]:  # fmt: skip
     """A block's packed parameters, of `pack` or packed here, and their parts."""
-    # `pack` does not know the products' precision, on which it depends whether there is a ladder.
-    here = flat is None or flat.numel() == 0
-    low = options.climbs if here else options.packs_low
     found = Packed.of(
-        layout, len(block.weights), block.modalities, len(block.vectors), low, backward
+        layout, len(block.weights), block.modalities, len(block.vectors), options.low, backward
     )
     if flat is None or flat.numel() == 0:
-        (flat,) = packed(block, layout, low=low, backward=backward)
+        (flat,) = packed(block, layout, low=options.low, backward=backward)
     if flat.numel() != found.numel:
         raise ValueError(
             f"packed: got {flat.numel()} elements, expected {found.numel}: of `pack` with the same "
@@ -160,13 +157,13 @@ def solve_modality(
         if rows == 0 or count == 0:
             return Solved(out, *outcome, trace)
         flat, given = _views(_modality_block(parameters), weights, layout, options)
-        low = given.low if options.climbs else given.forward
+        full, low = given.pair(bool(options.cheap))
         plan.run(
             modality_solve_kernel,
             (
                 x, x if init is None else init.contiguous(), _bytes(present, x), out, *outcome,
-                trace, outcome.residual if tolerance is None else tolerance, *given.forward.rows(),
-                *low.rows(), given.vectors, plan.scratch(5), *plan.meetings(given.counters),
+                trace, outcome.residual if tolerance is None else tolerance, *full, *low,
+                given.vectors, plan.scratch(5), *plan.meetings(given.counters),
             ),
             {
                 "SKIP": skip, "INIT": init is not None, "PRESENT": present is not None,
@@ -216,7 +213,7 @@ def adjoint_modality(
                 outcome,
             )
         flat, weights = _views(_modality_block(parameters), None, layout, options, True)
-        low = weights.low if options.climbs else weights.backward
+        full, low = weights.pair(bool(options.cheap), backward=True)
         left, right = plan.rows_of(2, count), plan.rows_of(2, count)
         sums = plan.empty(plan.programs, 8, count, layout.width)
         buffers = plan.run(
@@ -224,9 +221,9 @@ def adjoint_modality(
             (
                 gradient.contiguous(), state.contiguous(), status.contiguous(), x,
                 _bytes(present, x), dx, *outcome, *weights.forward.rows(),
-                *weights.backward.rows(), *low.rows(),
-                weights.vectors, plan.scratch(8), plan.empty(count, plan.size, groups, 4),
-                left, right, sums, *plan.meetings(weights.counters),
+                *full, *low, weights.vectors, plan.scratch(8),
+                plan.empty(count, plan.size, groups, 4), left, right, sums,
+                *plan.meetings(weights.counters),
             ),
             {"SKIP": skip, "PRESENT": present is not None, "TRUNCATED": options.truncated},
             MODALITY_ADJOINT_PHASES,
@@ -296,8 +293,7 @@ def solve_fusion(
         if rows == 0:
             return Solved(out, *outcome, trace)
         flat, given = _views(_fusion_block(parameters, gate_input), weights, layout, options)
-        wg, wf, *wm = given.forward.rows()
-        low = (given.low if options.climbs else given.forward).rows()
+        (wg, wf, *wm), low = given.pair(bool(options.cheap))
         plan.run(
             fusion_solve_kernel,
             (
@@ -364,8 +360,8 @@ def adjoint_fusion(
             ]
             return dm, dx, nothing, outcome
         flat, weights = _views(_fusion_block(parameters, gate_input), None, layout, options, True)
-        forward, backward = weights.forward.rows(), weights.backward.rows()
-        low = (weights.low if options.climbs else weights.backward).rows()
+        forward = weights.forward.rows()
+        backward, low = weights.pair(bool(options.cheap), backward=True)
         gate_of_modalities = 0 if shared else 2
         left, right = plan.rows_of(2 + count), plan.rows_of(2 + count)
         sums = plan.empty(plan.programs, 4, 1, layout.width)

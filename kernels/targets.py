@@ -70,7 +70,7 @@ TARGETS = {
 """Shared memory: CUDA C++ programming guide, table of compute capabilities (163 and 227 KB per
 block); AMD CDNA3 instruction set guide (64 KB of LDS per workgroup)."""
 
-MATMUL_PRECISIONS = ("highest", "high")
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 LADDER_WIDTH = 256
 """Of `deqfusion.reference.solve`, which this package does not import."""
 
@@ -221,9 +221,8 @@ DIMS = (128, 500, 768)
 def options_of(target: str, precision: str, dim: int) -> SolveOptions:
     """The default solver on a target, at one of `MATMUL_PRECISIONS`."""
     strict = "ieee" if TARGETS[target].backend == "hip" else "tf32x3"
-    return SolveOptions(
-        precision=strict if precision == "highest" else "tf32", ladder=dim >= LADDER_WIDTH
-    )
+    products = {"highest": strict, "high": "tf32", "medium": "half"}[precision]
+    return SolveOptions(precision=products, ladder=dim >= LADDER_WIDTH)
 
 
 def programs(
@@ -259,8 +258,8 @@ def _solves(
     options = options_of(target, precision, layout.dim)
     solve = {
         "DIM": layout.dim, "G": layout.groups, "P": layout.padded, "M": options.slots,
-        "RELATIVE": options.relative, "PRECISION": options.precision,
-        "LADDER": "low" if options.climbs else "",
+        "RELATIVE": options.relative, "LADDER": options.cheap,
+        "PRECISION": "tf32" if options.cheap == "half" else options.precision,
     }  # fmt: skip
     modality = {"SKIP": False, "PRESENT": False}
     fusion = {
@@ -277,8 +276,9 @@ def _solves(
         if schedule not in shipped_schedules(adjoint, capability, layout.padded):
             continue
         config = shipped(
-            schedule, adjoint=adjoint, capability=capability, padded=layout.padded, rows=rows
-        )
+            schedule, adjoint=adjoint, capability=capability, padded=layout.padded, rows=rows,
+            half=options.cheap == "half",
+        )  # fmt: skip
         tiles = {
             "BM": config.rows, "BK": min(config.depth, layout.padded),
             "COOPERATIVE": schedule == "cooperative",
@@ -348,8 +348,7 @@ def compiled(program: Program, target: str) -> Report:
         raise RuntimeError("TRITON_INTERPRET is set, expected it unset to compile programs")
     names = kernel.arg_names
     signature = {
-        name: "constexpr" if name in program.constants else _TYPES.get(name, "*fp32")
-        for name in names
+        name: "constexpr" if name in program.constants else _type(name, program) for name in names
     }
     source = ASTSource(
         fn=kernel,
@@ -404,6 +403,13 @@ def spilled_in_products(code: str) -> int:
         if not around and any(map(_TENSOR_CORES.search, body)):
             count += sum(map(bool, map(_SPILL.search, body)))
     return count
+
+
+def _type(name: str, program: Program) -> str:
+    """Triton's name of an argument's type."""
+    found = _TYPES.get(name, "*fp32")
+    half = program.constants.get("LADDER") == "half"
+    return "*fp16" if half and found == "*bf16" else found
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, str]:

@@ -22,11 +22,11 @@ def at(monkeypatch):
 @pytest.mark.parametrize(
     ("hip", "device", "expected"),
     [
-        (None, (9, 0), {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}),
-        (None, (8, 0), {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}),
-        # Before sm_80 there are neither tf32 nor bfloat16 products.
+        (None, (9, 0), {"highest": "tf32x3", "high": "tf32", "medium": "half"}),
+        (None, (8, 0), {"highest": "tf32x3", "high": "tf32", "medium": "half"}),
+        # Before sm_80 there are no tf32 products.
         (None, (7, 5), {"highest": "ieee", "high": "ieee", "medium": "ieee"}),
-        ("6.4", "gfx942:sramecc+", {"highest": "ieee", "high": "tf32", "medium": "tf32"}),
+        ("6.4", "gfx942:sramecc+", {"highest": "ieee", "high": "tf32", "medium": "half"}),
         ("6.4", "gfx90a", {"highest": "ieee", "high": "ieee", "medium": "ieee"}),
     ],
 )
@@ -40,7 +40,7 @@ def test_precision_follows_pytorch(monkeypatch, at, hip, device, expected):
         at(asked)
         assert programs.precision(torch.float32, CUDA) == precision
         # Of 16 bits there are no more to keep.
-        assert programs.precision(torch.bfloat16, CUDA) == expected["high"]
+        assert programs.precision(torch.bfloat16, CUDA) == expected["medium"]
 
 
 def test_precision_of_the_interpreter(at):

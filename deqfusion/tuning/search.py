@@ -341,6 +341,6 @@ class Search:
 
         e = self.example
         blocks = e.modalities if solve.startswith("modality") else 1
-        config = untuned(e.rows, e.layout, blocks, e.device, solve)
+        config = untuned(e.rows, e.layout, blocks, e.device, solve, e.options(solve))
         # What a launch makes of it, so that the same is not tried twice.
         return replace(config, depth=min(config.depth, max(16, e.layout.padded)))

@@ -38,8 +38,11 @@ def test_groups_that_do_not_divide():
 
 
 @pytest.mark.parametrize(("dim", "groups"), [(4, 1), (20, 4), (48, 3)])
-@pytest.mark.parametrize("backward", [False, True])
-def test_packing_in_one_launch(dim, groups, backward):
+@pytest.mark.parametrize(
+    ("backward", "low"), [(False, "bfloat16"), (True, "bfloat16"), (False, "float16"),
+                          (True, "float16"), (False, "")],
+)  # fmt: skip
+def test_packing_in_one_launch(dim, groups, backward, low):
     """The kernel's tensors are the layout's, also of a weight that is half of a wider one."""
     from deqfusion.kernels.packing import Packed, Parameters, packed
 
@@ -52,10 +55,10 @@ def test_packing_in_one_launch(dim, groups, backward):
     two = Parameters(
         [torch.randn(3, dim, dim) for _ in range(2)], [torch.randn(3, dim) for _ in range(8)]
     )
-    flats = packed(two, layout, other=one, low=True, backward=backward)
+    flats = packed(two, layout, other=one, low=low, backward=backward)
     for block, flat in zip((two, one), flats, strict=True):
         shape = len(block.weights), block.weights[0].shape[0], len(block.vectors)
-        parts = Packed.of(layout, *shape, True, backward)
+        parts = Packed.of(layout, *shape, low, backward)
         got = Packed(*(part.tensor((flat, flat)) for part in parts))
         forward = layout.pack_weight(torch.stack(list(block.weights)))
         assert torch.equal(got.forward, forward)
@@ -63,9 +66,11 @@ def test_packing_in_one_launch(dim, groups, backward):
         assert got.backward.numel() == (forward.numel() if backward else 0)
         if backward:
             assert torch.equal(got.backward, iterated)
-        assert torch.equal(got.low, iterated.to(torch.bfloat16))
+        if low:
+            assert torch.equal(got.low, iterated.to(getattr(torch, low)))
         assert torch.equal(got.vectors, layout.pack(torch.stack(list(block.vectors), 1)))
         assert got.counters.shape == (1024,)
         assert not got.counters.any()
-    (alone,) = packed(one, layout, low=True, backward=backward)
-    assert torch.equal(alone, flats[1])
+    (alone,) = packed(one, layout, low=low, backward=backward)
+    # Without a format nothing is in the place of 16 bits.
+    assert torch.equal(alone, flats[1]) is bool(low)

@@ -69,13 +69,14 @@ def test_shipped_configurations(target):
         assert any(re.search(r"mfma_\w*_f32\b", line) and "_bf16" in line for line in lines)
 
 
-def test_shipped_configurations_with_their_history_in_registers():
-    """Schedule cooperative in tf32 ("high"), where it is the default up to groups of 128."""
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_shipped_configurations_with_their_history_in_registers(precision):
+    """Schedule cooperative in tf32 and float16, where it is the default up to groups of 128."""
     lines = compiled(
-        "--target", "sm_90", "--precision", "high", "--schedule", "cooperative", "--dim", "500",
+        "--target", "sm_90", "--precision", precision, "--schedule", "cooperative", "--dim", "500",
     )  # fmt: skip
     assert products(lines) == len(lines) == 4
-    assert all(" cooperative d=500 high " in line for line in lines)
+    assert all(f" cooperative d=500 {precision} " in line for line in lines)
 
 
 def test_shipped_configurations_of_narrow_groups():
@@ -87,16 +88,18 @@ def test_shipped_configurations_of_narrow_groups():
 
 
 def test_what_is_compiled_is_what_runs():
-    """All that the default heuristic may choose, at both precisions, with and without a ladder."""
+    """All that the default heuristic may choose, at all precisions, with and without a ladder."""
     for target in TARGETS:
         strict = "ieee" if target == "gfx942" else "tf32x3"
         found = [p.constants for p in programs(target) if "LADDER" in p.constants]
         kinds = {(c["PRECISION"], c["LADDER"], c["RESIDENT"]) for c in found if c["DIM"] == 500}
-        assert kinds == {(strict, "low", False), ("tf32", "", False), ("tf32", "", True)}
+        assert kinds == {(strict, "low", False)} | {
+            ("tf32", ladder, held) for ladder in ("", "half") for held in (False, True)
+        }
         kinds = {(c["PRECISION"], c["LADDER"], c["RESIDENT"]) for c in found if c["DIM"] == 128}
         assert kinds == {
-            (precision, "", resident)
-            for precision in (strict, "tf32")
+            (precision, ladder, resident)
+            for precision, ladder in ((strict, ""), ("tf32", ""), ("tf32", "half"))
             for resident in (False, True)
         }
     assert reference_width == LADDER_WIDTH
