@@ -10,6 +10,7 @@ single solve of the whole state and differentiates it by the same two adjoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,11 +96,11 @@ class _ModalityEquilibrium(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
+    def backward(ctx: Any, saved: Sequence[Any], gradient: Tensor | None, *_: Any) -> Any:
         nothing = (None,) * (7 + _M + _C + _S)
         if gradient is None:
             return nothing
-        x, present, state, status, *parameters = ctx.saved_tensors
+        x, present, state, status, *parameters = saved
         dx, *grads = torch.ops.deqfusion.modality_adjoint(
             gradient, state, status, x, present, *parameters, *ctx.cell, ctx.adjoint
         )
@@ -127,11 +128,11 @@ class _FusionEquilibrium(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
+    def backward(ctx: Any, saved: Sequence[Any], gradient: Tensor | None, *_: Any) -> Any:
         nothing = (None,) * (10 + _F + _C + _S)
         if gradient is None:
             return nothing
-        modalities, injection, gate_mask, fusion_mask, state, status, *p = ctx.saved_tensors
+        modalities, injection, gate_mask, fusion_mask, state, status, *p = saved
         dm, dx, *grads = torch.ops.deqfusion.fusion_adjoint(
             gradient, state, status, modalities, injection, gate_mask, fusion_mask, *p, *ctx.cell,
             ctx.adjoint,
@@ -158,8 +159,8 @@ class _JointEquilibrium(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
-        x, injection, present, gate_mask, fusion_mask, state, status, *p = ctx.saved_tensors
+    def backward(ctx: Any, saved: Sequence[Any], gradient: Tensor, *_: Any) -> Any:
+        x, injection, present, gate_mask, fusion_mask, state, status, *p = saved
         dm, dinjection, *fusion = torch.ops.deqfusion.fusion_adjoint(
             gradient[-1], state[-1], status[-1], state[:-1], injection, gate_mask, fusion_mask,
             *p[_M:], *ctx.cell, ctx.adjoint,

@@ -17,27 +17,43 @@ from deqfusion import validation as check
 __all__ = ["differentiable_once", "inject", "stack_and_inject"]
 
 
+class _Once(torch.autograd.Function):
+    """Gradients as they are, whose own differentiation is an error.
+
+    `anchors`: whatever they were made of, so that the error is on every way back from them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError(
+            "double backward is not supported: an equilibrium can be differentiated once "
+            "(adjoint=Unroll(steps) any number of times)"
+        )
+
+
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a second differentiation an error, whatever it is with respect to.
 
     `torch.autograd.function.once_differentiable` does so only where the incoming gradient requires
     one: a gradient penalty by parameters would go through, without the solve's part.
+
+    Args:
+        backward: of (ctx, saved, *gradients), saved being `ctx.saved_tensors`, which checkpointing
+            gives a single time.
     """
 
-    def once(ctx: Any, *gradients: Any) -> Any:
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                outputs = backward(ctx, *gradients)
-        else:
-            outputs = backward(ctx, *gradients)
+    def once(ctx: Any, *gradients: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return outputs
-        error = torch._C._functions.DelayedError(
-            b"double backward is not supported: an equilibrium can be differentiated once",
-            len(outputs),
-        )
-        again = [None if t is None else t.detach().requires_grad_() for t in outputs]
-        return error(*again)  # type: ignore[arg-type]
+            return backward(ctx, saved, *gradients)
+        with torch.no_grad():
+            outputs = tuple(backward(ctx, saved, *gradients))
+        anchors = [t for t in (*saved, *gradients) if t is not None and t.requires_grad]
+        return _Once.apply(len(outputs), *outputs, *anchors)
 
     return once
 
@@ -95,9 +111,9 @@ class _StackAndInject(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, gradient: Tensor | None, injected_gradient: Tensor | None) -> Any:
-        # Read once: checkpointing gives what is saved a single time.
-        saved = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: Sequence[Any], gradient: Tensor | None, injected_gradient: Tensor | None
+    ) -> Any:
         x, present, *_ = saved
         weight = bias = None
         if injected_gradient is not None:

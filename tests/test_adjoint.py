@@ -81,3 +81,24 @@ def test_double_backward_is_an_error(adjoint, joint):
     (gradient,) = torch.autograd.grad(fusion(features).sum(), features, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Phantom(), OneStep()], ids=str)
+def test_no_way_around_that_error(adjoint):
+    """A second gradient may be asked for by something that the first one only passed through."""
+    encoder, fusion = torch.nn.Linear(4, 8), DEQFusion(8, 2, adjoint=adjoint)
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def first():
+        fused = fusion([encoder(x), encoder(x).tanh()])
+        return torch.autograd.grad(fused.pow(3).sum(), x, create_graph=True)[0]
+
+    of_fusion = fusion.modality_parameters.weight1
+    for place in (encoder.weight, x, of_fusion, fusion.gate_weight):
+        with pytest.raises(RuntimeError, match="double backward is not supported"):
+            torch.autograd.grad(first().norm(), place)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        first().square().sum().backward(inputs=list(encoder.parameters()))
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.functional.hessian(lambda a: fusion([a, a]).square().sum(), encoder(x))
+    assert first().isfinite().all()
