@@ -275,7 +275,7 @@ class DEQFusion(nn.Module):
         """
         rows = self._rows(features, mask, injection)
         check.state(state, self.num_modalities, rows.leading, self.dim, "state")
-        with torch.autocast(rows.x.device.type, enabled=False):
+        with equations.full_precision(rows.x):
             out = equations.joint_cell(
                 state.reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype), rows.x,
                 rows.injection, self.modality_parameters, self.fusion_parameters, self.options,
@@ -305,7 +305,7 @@ class DEQFusion(nn.Module):
         """
         check.count("probes", probes, minimum=1)
         rows = self._rows_of(eq, features, mask, injection)
-        with torch.autocast(rows.x.device.type, enabled=False):
+        with equations.full_precision(rows.x):
             return regularization.jacobian_penalty(
                 eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim).to(rows.x.dtype),
                 rows.x, rows.injection, self.modality_parameters, self.fusion_parameters,
@@ -324,7 +324,7 @@ class DEQFusion(nn.Module):
         check.count("steps", steps, minimum=1)
         rows = self._rows_of(eq, features, mask, injection)
         state = eq.state.detach().reshape(self.num_modalities + 1, -1, self.dim)
-        with torch.autocast(rows.x.device.type, enabled=False):
+        with equations.full_precision(rows.x):
             return diagnostics.spectral_radius(
                 state.to(rows.x.dtype), rows.x, rows.injection, self.modality_parameters,
                 self.fusion_parameters, self.options, rows.gate_mask, rows.present, steps,

@@ -134,3 +134,8 @@ class Equilibrium:
     def state(self) -> Tensor:
         """(N+1, ..., d): the modality states, then the fusion state."""
         return torch.cat((self.modalities, self.fused.unsqueeze(0)))
+
+
+# What a model may return and `torch.export` write.
+for _kind in (SolveStats, Equilibrium):
+    torch.export.register_dataclass(_kind, serialized_type_name=f"deqfusion.{_kind.__name__}")

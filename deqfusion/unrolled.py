@@ -45,7 +45,7 @@ def unrolled_equilibrium(
     state = x.new_zeros(x.shape[0] + 1, *x.shape[1:]) if init is None else init
     state = torch.where(unknown.unsqueeze(-1), 0.0, state)
     norms = []
-    with torch.autocast(x.device.type, enabled=False):
+    with equations.full_precision(x):
         for _ in range(steps):
             new = equations.joint_cell(
                 state, x, injection, modality_parameters, fusion_parameters, cell, gate_mask,

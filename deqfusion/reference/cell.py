@@ -16,6 +16,7 @@ Source: J. Ni et al., "Deep equilibrium multimodal fusion", arXiv 2306.16645, eq
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "FusionParameters",
     "ModalityParameters",
     "clear_absent",
+    "full_precision",
     "fusion_cell",
     "gate_constants",
     "group_norm",
@@ -75,6 +77,14 @@ class FusionParameters(NamedTuple):
     bias: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Without autocast on the device of x. Where there is none no context is made: a program that
+    is exported with one cannot be saved."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def normalize(x: Tensor, groups: int) -> Tensor:
