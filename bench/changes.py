@@ -65,7 +65,7 @@ def text(old: dict[str, Any], new: dict[str, Any]) -> str:
     faster: list[str] = []
     within: list[Summary] = []
     moved: dict[str, list[float]] = {}
-    missing = few = by_times = 0
+    missing = left_out = few = by_times = 0
     for case in new["cases"]:
         known = before.get(_key(case, new["suite"]), {"contenders": {}})["contenders"]
         anchor = _anchor(known, case["contenders"])
@@ -74,7 +74,10 @@ def text(old: dict[str, Any], new: dict[str, Any]) -> str:
             where = f"{title(case)}: {name}"
             if then is None and now is None:
                 continue
-            if now is None and then is not None:
+            if now is None and entry["status"] == "skipped":
+                # For lack of time, or of what it needs: that says nothing of its speed.
+                left_out += 1
+            elif now is None and then is not None:
                 slower.append(f"{where}: {entry['status']} now ({entry['reason']})")
             elif then is None:
                 missing += 1
@@ -115,6 +118,8 @@ def text(old: dict[str, Any], new: dict[str, Any]) -> str:
         lines.append(f"  {few} of fewer than {ROUNDS} rounds: no spread to judge by")
     if missing:
         lines.append(f"  {missing} not measured in the old file")
+    if left_out:
+        lines.append(f"  {left_out} not measured in the new one")
     return "\n".join(lines)
 
 

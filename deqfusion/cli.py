@@ -91,8 +91,19 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+# What open, mkdir and their kind raise, without a word of what was expected.
+_OF_THE_SYSTEM = (
+    FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError,
+    OSError,
+)  # fmt: skip
+
+
 def one_line(error: BaseException | str) -> str:
     """Return an error's message on one line, or its type where it has none."""
+    if type(error) in _OF_THE_SYSTEM and isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"{error.filename}: cannot be read or written ({error.strerror}), expected that it can"
+        )
     return " ".join(str(error).split()) or type(error).__name__
 
 

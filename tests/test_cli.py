@@ -126,7 +126,11 @@ def test_options_reach_the_command(stand_in: Install) -> None:
     ("error", "code", "line"),
     [
         (ValueError("dim: got 0,\n  expected > 0"), 2, "dim: got 0, expected > 0"),
-        (FileNotFoundError(2, "No such file", "a.csv"), 2, "[Errno 2] No such file: 'a.csv'"),
+        (
+            FileNotFoundError(2, "No such file", "a.csv"),
+            2,
+            "a.csv: cannot be read or written (No such file), expected that it can",
+        ),
         (OSError(), 2, "OSError"),
         (ConvergenceError("fusion: 3 rows"), 1, "fusion: 3 rows"),
     ],

@@ -140,7 +140,9 @@ def verdict(rows: Sequence[Mapping[str, Any]], base: str) -> list[str]:
             sentences.append(
                 f"By p (Holm) below {_LEVEL:g}, {word} {name} than {base}: {', '.join(names)}."
             )
-    if not any(map(_differs, rows)):
+    if any("p_holm" in row and not math.isnan(row["p_holm"]) for row in rows) and not any(
+        map(_differs, rows)
+    ):
         sentences.append(f"No difference from {base} has a p (Holm) below {_LEVEL:g}.")
     return sentences
 
@@ -251,11 +253,14 @@ def comparison_notes(task: str, records: Sequence[Record], base: str) -> list[st
     splits = len(succeeded(records)[0]["splits"])
     each = f", each the mean of {splits} splits" if splits > 1 else ""
     asked = asked_options(task, records, base)
-    notes = [
-        f"Mean ± standard error over seeds{each}; differences are paired by seed: p of Student's "
-        "t test, the same with Holm's correction for all rows, and of Wilcoxon's signed-rank test "
-        "(0.0625 at least with 5 seeds)."
-    ]
+    if len({record["seed"] for record in succeeded(records)}) > 1:
+        notes = [
+            f"Mean ± standard error over seeds{each}; differences are paired by seed: p of "
+            "Student's t test, the same with Holm's correction for all rows, and of Wilcoxon's "
+            "signed-rank test (0.0625 at least with 5 seeds)."
+        ]
+    else:
+        notes = [f"Of one seed{each}: without a standard error or a test."]
     if asked:
         listed = ", ".join(f"{name} {value}" for name, value in asked.items())
         notes.append(f"Not the task's defaults: {listed}.")

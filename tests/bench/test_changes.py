@@ -57,6 +57,15 @@ def test_what_fails_now_is_slower_and_what_is_new_is_not_measured():
     assert "1 not measured in the old file" in changes.text(failed, OLD)
 
 
+def test_what_there_was_no_time_for_is_not_slower():
+    skipped = result(1.0, 1.0, 1.0)
+    entry = skipped["cases"][0]["contenders"]["ours"]
+    entry |= {"seconds": None, "status": "skipped", "reason": "the budget of 20 s is spent"}
+    text = changes.text(OLD, skipped)
+    assert "0 slower, 0 faster" in text
+    assert "1 not measured in the new one" in text
+
+
 def pair(ours: float, machine: float = 1.0, noise: float = 0.0) -> dict:
     """A run in which every round had its own moment, for the textbook and for ours alike."""
     found = copy.deepcopy(RESULT)
