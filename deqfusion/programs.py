@@ -9,7 +9,8 @@ products follows the features and `torch.get_float32_matmul_precision()`:
     bfloat16, float16: half
 
 "half" is float16 in every step, of factors that the normalisations and unit gradients keep within
-its range (beyond 65504 a row is NON_FINITE), and tf32 in products of which there is one a solve.
+its range (beyond 65504 a row is NON_FINITE), and tf32 in products of which there is one a solve
+and in phantom gradients, whose size is any.
 
 Statistics, history and states are float32 throughout. With `ladder="auto"`, from width 256 on, the
 first steps of "highest" have bfloat16 products; the steps that end a row do not. None has them

@@ -112,8 +112,13 @@ class SolveOptions:
 
     @property
     def cheap(self) -> str:
-        """LADDER of the programs: how steps multiply in 16 bits, "" if they do not."""
-        return "half" if self.precision == "half" else "low" if self.climbs else ""
+        """LADDER of the programs: how steps multiply in 16 bits, "" if they do not.
+
+        A truncated solve does not: its gradients are of any size, and float16 is not.
+        """
+        if self.precision == "half":
+            return "" if self.truncated else "half"
+        return "low" if self.climbs else ""
 
     @property
     def low(self) -> str:

@@ -431,6 +431,19 @@ def test_gradients_in_float16_scale():
         torch.testing.assert_close(small[name][0] * 1e20, large[name][0], rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.parametrize("scale", [1e-5, 1e9])
+def test_truncated_gradients_are_of_any_size(scale):
+    """They are not scaled to 1, and would vanish or overflow in float16."""
+    problem = Problem.new(count=1)
+    problem.gradient *= scale
+    states = problem.features, problem.injection
+    few = {"truncated": True, "max_steps": 3, "mixing": 0.5, "rtol": 0.0}
+    full = problem.programs(SolveOptions(**few), states)
+    got = problem.programs(replace(HALF, **few), states)
+    for name in ("back", "fused_back"):
+        torch.testing.assert_close(got[name][0], full[name][0], rtol=2e-3, atol=1e-6 * scale)
+
+
 def test_factors_beyond_float16_are_not_finite():
     """A weight beyond its range ends every row, and its status says so."""
     problem = Problem.new(count=1)
