@@ -47,7 +47,7 @@ class Candidate:
 
 def candidates(
     solve: str, rows: int, layout: Layout, modalities: int, device: Device, *, low: bool,
-    steps: Mapping[int, int], shared: int | None = None,
+    steps: Mapping[int, int], shared: int | None = None, half: bool = False,
 ) -> list[Candidate]:  # fmt: skip
     """What to try for a problem, best first.
 
@@ -55,16 +55,19 @@ def candidates(
         solve: one of `kernels.tuning.SOLVES`.
         rows, layout, modalities: R, widths and N.
         device: constants.
-        low: whether most products are of bfloat16, as `cost.predict` takes it.
+        low: whether most products are of 16 bits, as `cost.predict` takes it.
         steps: evaluations to the tolerance by memory m: what is searched, and what a solve takes.
         shared: bytes of shared memory that a program may have; None: unknown.
+        half: whether steps multiply in float16, as `config.shipped` takes it.
 
     Returns:
         Without those that cannot run: tiles beyond the shared memory or the registers.
     """
     block, _, kind = solve.partition(" ")
     adjoint = kind == "adjoint"
-    known = {"adjoint": adjoint, "capability": device.capability, "padded": layout.padded}
+    known = {
+        "adjoint": adjoint, "capability": device.capability, "padded": layout.padded, "half": half,
+    }  # fmt: skip
     found = []
     for schedule, bm, bk, warps, stages, (memory, count) in itertools.product(
         SCHEDULES, ROWS, DEPTHS, WARPS, STAGES, steps.items()

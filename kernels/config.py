@@ -179,6 +179,9 @@ def shipped(
         full = shipped(schedule, **more)  # type: ignore[arg-type]
         if schedule == "cooperative" and 90 <= capability < 100 and not wide:
             return full if adjoint else replace(full, depth=128)
+        if schedule == "step" and adjoint and capability >= 100:
+            # Twice as deep the products of the linearisation, which stay in fp32, spilled.
+            return full
         return replace(full, depth=2 * full.depth)
     if schedule == "step":
         new = capability >= 100

@@ -194,8 +194,9 @@ class Example:
         eps = torch.finfo(self.x.dtype).eps
         if self.x.dtype != torch.float32:
             return eps
-        products = {"high": 2.0**-10, "medium": torch.finfo(torch.bfloat16).eps}
-        return products.get(torch.get_float32_matmul_precision(), eps)
+        # tf32 and float16.
+        rounded = torch.get_float32_matmul_precision() != "highest"
+        return 2.0**-10 if rounded else eps
 
     def _find_true_gradients(
         self, o: SolverOptions, x: Tensor, injection: Tensor, m: Tensor, pm: ModalityParameters,

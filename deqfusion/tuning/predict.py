@@ -68,7 +68,7 @@ def ranked(
         found[solve] = candidates(
             solve, example.rows, example.layout, example.modalities, device,
             low=bool(options.cheap) or options.precision == "low", shared=shared,
-            steps={m: example.steps(solve, m) for m in memories},
+            steps={m: example.steps(solve, m) for m in memories}, half=options.cheap == "half",
         )  # fmt: skip
         if not found[solve]:
             raise ValueError(

@@ -104,7 +104,7 @@ def test_which_evaluations_are_exact():
 
 
 @triton.jit
-def finish_kernel(planes, whole, norms, counts, out, kind):
+def finish_kernel(planes, whole, norms, counts, out, kind, LADDER: tl.constexpr):
     """The end of a step of 16 rows of 16 channels; planes: z, best f and g, f, g, anchors."""
     at = tl.arange(0, 16)
     z, best_f, best_g, f, g, anchors = (
@@ -118,7 +118,7 @@ def finish_kernel(planes, whole, norms, counts, out, kind):
     alive, running, best, _, _, _, _, exact, _, _ = finish(
         held, zero, zero, z, best_f, best_g, f, g, anchors, whole, planes, counts, counts + 16, out,
         out, sums, 7, 50, running, running, best, zero, zero, zero, zero + 7, 0, kind, 1e-3, 0.0,
-        0.0, 1.0, 0, 1, 16, 16, 0, 16, True, "low", False, False, True, False,
+        0.0, 1.0, 0, 1, 16, 16, 0, 16, True, LADDER, False, False, True, False,
     )  # fmt: skip
     tl.store(counts + 32 + at, alive.to(tl.int32))
     tl.store(counts + 48 + at, running.to(tl.int32))
@@ -135,7 +135,7 @@ def test_only_exact_evaluations_end_rows_and_are_their_best(kind):
     norms[0, :4] = torch.tensor([5e-4, 1.5e-3, 0.1, torch.nan])
     norms[0, 4:] = 0.6
     counts, out = torch.full((5, 16), -1, dtype=torch.int32), torch.full((2, 16), -1.0)
-    finish_kernel[(1,)](planes, whole, norms.square(), counts, out, kind.value)
+    finish_kernel[(1,)](planes, whole, norms.square(), counts, out, kind.value, "low")
     status, _, alive, running, exact = counts
     near = kind is NEAR
     assert status[:4].tolist() == ([-1] * 4 if near else [Status.CONVERGED, -1, -1, -1])
@@ -152,6 +152,19 @@ def test_only_exact_evaluations_end_rows_and_are_their_best(kind):
     origin = planes[5, 2] if near else before[0, 2]
     assert torch.equal(planes[5, 2], origin)
     assert torch.equal(whole[2], (planes[0, 2] - origin).to(torch.bfloat16))
+
+
+def test_the_factor_in_float16_is_the_next_iterate():
+    """Also of a lost row, which goes back; of rows that ended it stays."""
+    planes, whole = torch.randn(6, 16, 16), torch.zeros(16, 16, dtype=torch.float16)
+    before = planes.clone()
+    norms = torch.ones(2, 16)
+    norms[0, :2] = torch.tensor([5e-4, torch.nan])
+    counts, out = torch.full((5, 16), -1, dtype=torch.int32), torch.full((2, 16), -1.0)
+    finish_kernel[(1,)](planes, whole, norms.square(), counts, out, EXACT.value, "half")
+    torch.testing.assert_close(planes[0, 1], before[1, 1] - 0.5 * before[2, 1])
+    assert torch.equal(whole[1:], planes[0, 1:].half())
+    assert not whole[0].any()
 
 
 SCHEDULES = [CONFIG, Config("step", depth=16)]

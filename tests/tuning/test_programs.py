@@ -7,7 +7,10 @@ import torch
 
 from deqfusion import Anderson, cli
 from deqfusion.kernels import interpreted, tuning
-from deqfusion.kernels.config import Config
+from deqfusion.kernels.candidates import candidates
+from deqfusion.kernels.config import SCHEDULES, Config, shipped
+from deqfusion.kernels.cost import H200
+from deqfusion.kernels.layout import Layout
 from deqfusion.tuning import predict, search
 from deqfusion.tuning.example import Example, Way
 from deqfusion.tuning.result import FEWEST
@@ -209,13 +212,9 @@ def test_a_target_is_predicted_and_nothing_stored(store, capsys):
 
 
 def test_candidates_fit_the_device():
-    from deqfusion.kernels.candidates import candidates
-    from deqfusion.kernels.cost import DEVICES
-    from deqfusion.kernels.layout import Layout
-
     steps = {0: 20, 5: 10}
     every = candidates(
-        "modality", 612, Layout(500, 4), 3, DEVICES["h200"], low=True, steps=steps,
+        "modality", 612, Layout(500, 4), 3, H200, low=True, steps=steps,
         shared=227 * 1024,
     )  # fmt: skip
     assert [c.rank for c in every] == sorted(c.rank for c in every)
@@ -227,3 +226,14 @@ def test_candidates_fit_the_device():
         tiles = c.config.depth * (c.config.rows + 128)
         assert 4 * tiles * c.config.stages <= 227 * 1024
         assert c.config.rows * 128 <= 64 * 32 * c.config.warps
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_shipped_configuration_is_no_change(half):
+    """Also where steps multiply in float16, whose products are deeper."""
+    layout, steps, known = Layout(500, 4), {5: 10}, {"capability": 90, "half": half}
+    every = candidates("modality", 64, layout, 3, H200, low=half, steps=steps, half=half)
+    for schedule in SCHEDULES:
+        ours = shipped(schedule, adjoint=False, **known)
+        found = {c.config: c.changes for c in every if c.config.schedule == schedule}
+        assert found[ours] == 0

@@ -97,6 +97,16 @@ def test_what_products_cannot_tell_is_allowed_for():
     assert example._allowed["fusion"] == 4 * 2**-7
 
 
+@pytest.mark.parametrize(
+    ("precision", "rounding"), [("highest", 2**-23), ("high", 2**-10), ("medium", 2**-10)]
+)
+def test_the_rounding_of_products(monkeypatch, precision, rounding):
+    """At "medium" they are of float16, which has the bits of tf32."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    model = layer()
+    assert Example(model, features(model), False)._rounding == rounding
+
+
 def test_what_has_no_truth_is_not_what_others_are_held_against():
     """Neither as a measure of rounding, nor as rows that an answer must solve."""
     model = layer()
