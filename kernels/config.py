@@ -179,8 +179,11 @@ def shipped(
         full = shipped(schedule, **more)  # type: ignore[arg-type]
         if schedule == "cooperative" and 90 <= capability < 100 and not wide:
             return full if adjoint else replace(full, depth=128)
-        if schedule == "step" and adjoint and capability >= 100:
+        if schedule != "row" and adjoint and capability >= 100:
             # Twice as deep the products of the linearisation, which stay in fp32, spilled.
+            return full
+        if schedule == "cooperative" and old:
+            # As did those of fusion's constants.
             return full
         return replace(full, depth=2 * full.depth)
     if schedule == "step":
