@@ -178,7 +178,8 @@ def shipped(
         more = {"adjoint": adjoint, "capability": capability, "padded": padded, "rows": rows}
         full = shipped(schedule, **more)  # type: ignore[arg-type]
         if schedule == "cooperative" and 90 <= capability < 100 and not wide:
-            return full if adjoint else replace(full, depth=128)
+            # Of 64 rows a stage as deep has no room in the shared memory.
+            return full if adjoint else replace(full, depth=128 if rows < 64 else 64)
         if schedule != "row" and adjoint and capability >= 100:
             # Twice as deep the products of the linearisation, which stay in fp32, spilled.
             return full

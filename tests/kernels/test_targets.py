@@ -164,6 +164,16 @@ def test_spills_within_products():
     assert report.faults() == ["spills within the loops of its products (1 instructions)"]
 
 
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_stages_of_float16_fit_the_shared_memory(rows):
+    """Factors in fp32 of the one product that stays so, and a weight's, of all stages but one."""
+    for program in programs("sm_90", [500], ["medium"], ["cooperative"], rows=rows):
+        config, padded = program.config, program.constants["P"]
+        assert program.constants["BM"] == rows
+        stage = 4 * config.depth * (rows + padded)
+        assert stage * (config.stages - 1) <= TARGETS["sm_90"].shared
+
+
 def test_tiles_of_more_rows():
     """As the default heuristic may choose them; schedule step has its own."""
     (program, *_) = programs("sm_90", [500], ["high"], ["cooperative"], rows=32)
