@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -145,6 +146,28 @@ def verdict(rows: Sequence[Mapping[str, Any]], base: str) -> list[str]:
     ):
         sentences.append(f"No difference from {base} has a p (Holm) below {_LEVEL:g}.")
     return sentences
+
+
+def agreement(records: Sequence[Record], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say how far the validation metric that chooses epochs tells which name tests better.
+
+    Args:
+        records, rows: of one task, and its rows of `metric_rows`.
+
+    Returns:
+        A sentence; none of fewer than three names, or where the metric is not of the test as well.
+    """
+    chosen, _ = succeeded(records)[0]["selection"]
+    pairs = [(row["validation"], row[chosen]) for row in _scored(rows) if chosen in row]
+    columns = [set(column) for column in zip(*pairs, strict=True)]
+    if len(pairs) < 3 or any(len(column) < 2 for column in columns):
+        return []
+    found = statistics.correlation(*zip(*pairs, strict=True))
+    name = chosen.replace("_", " ")
+    return [
+        f"Over these {len(pairs)}, mean {name} on validation samples, which chose epochs, and on "
+        f"test samples correlate with {found:.2f}."
+    ]
 
 
 def _scored(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..engine.options import ENGINE_FIELDS
 from .base import Analysis
 from .comparison import (
+    agreement,
     by_name,
     by_task,
     comparison_notes,
@@ -63,7 +64,8 @@ class Fusions(Analysis):
             rows, shown = metric_rows(task, of_task, BASE)
             shown |= {"training_seconds": ("training, s", ".1f"), "steps": ("steps", ".1f")}
             columns = {"name": ("fusion", ""), **shown}
-            notes = verdict(rows, BASE) + comparison_notes(task, of_task, BASE)
+            notes = verdict(rows, BASE) + agreement(of_task, rows)
+            notes += comparison_notes(task, of_task, BASE)
             tables.append(Table(task, rows, columns, notes))
         return tables
 

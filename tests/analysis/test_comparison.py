@@ -5,7 +5,13 @@ import math
 import pytest
 
 from deqfusion.analysis import fusions
-from deqfusion.analysis.comparison import asked_options, comparison_notes, over_tasks, verdict
+from deqfusion.analysis.comparison import (
+    agreement,
+    asked_options,
+    comparison_notes,
+    over_tasks,
+    verdict,
+)
 from deqfusion.analysis.report import markdown
 from deqfusion.engine import checked
 from deqfusion.tasks import get_recipe
@@ -39,6 +45,18 @@ def test_a_base_that_is_the_best_is_said_to_be():
         "deq's mean accuracy, 0.800, is the best.",
         "By p (Holm) below 0.05, worse accuracy than deq: sum.",
     ]
+
+
+def test_how_far_validation_tells_the_better_fusion():
+    def rows(*pairs):
+        return [row(str(n), t) | {"validation": v} for n, (v, t) in enumerate(pairs)]
+
+    records = [record("rosmap", "deq", 0, 0.5)]
+    (text,) = agreement(records, rows((0.1, 0.3), (0.2, 0.2), (0.3, 0.1)))
+    assert text.startswith("Over these 3, mean accuracy on validation samples")
+    assert text.endswith("on test samples correlate with -1.00.")
+    assert agreement(records, rows((0.1, 0.3), (0.2, 0.2))) == []
+    assert agreement(records, rows((0.1, 0.3), (0.1, 0.2), (0.1, 0.1))) == []
 
 
 def test_a_base_that_shares_the_best_is_said_to():
