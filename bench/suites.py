@@ -222,6 +222,7 @@ SUITES = {
             (
                 "textbook",
                 "ours",
+                "ours_cooperative_medium",
                 *SCHEDULES,
                 "textbook_reduce_overhead",
                 "textbook_cudagraph",
@@ -232,7 +233,7 @@ SUITES = {
                 "ours_reference",
             ),
             device="cuda",
-            summary="every schedule in fp32 and in tf32, for bench/gpu_check.sh",
+            summary="every schedule in fp32 and tf32, one in float16, for bench/gpu_check.sh",
         ),
     )
 }

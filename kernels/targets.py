@@ -7,9 +7,10 @@ Compiles every program in its shipped configurations and prints, per program and
 stack (bytes spilled per thread), shared memory and the tensor-core instructions of its products.
 Precisions are those of `torch.get_float32_matmul_precision()` for float32 features, as
 `deqfusion.programs` reads them: "highest" is tf32x3 (ieee on AMD), from width 256 on with the
-ladder, "high" is tf32, whose cooperative programs keep a short history in registers. Cooperative
-programs are of 16 rows; on sm_90 `cost.default_config` gives many rows to tiles of up to
-`cost.EFFORT`, for which there is --rows.
+ladder, "high" is tf32 and "medium" has its steps in float16: their cooperative programs keep a
+short history in registers. Cooperative programs are of 16 rows; on sm_90 `cost.default_config`
+gives many rows to tiles of up to `cost.EFFORT`, for which there is --rows.
+
 Exit code 1 if a program spills, needs more shared memory than the device has, or multiplies without
 tensor cores; 2 for bad options.
 
