@@ -181,8 +181,9 @@ def shipped(
             # Of 64 rows a stage as deep has no room in the shared memory.
             return full if adjoint else replace(full, depth=128 if rows < 64 else 64)
         if schedule != "row" and adjoint and capability >= 100:
-            # Twice as deep the products of the linearisation, which stay in fp32, spilled.
-            return full
+            # Twice as deep the products of the linearisation, which stay in fp32, spilled; wide
+            # cooperative ones did so with a single stage.
+            return replace(full, stages=2) if wide and schedule == "cooperative" else full
         if schedule == "cooperative" and old:
             # As did those of fusion's constants.
             return full
