@@ -6,7 +6,7 @@
 A config is schedule, rows, depth, warps and stages of `deqfusion.kernels.config.Config`, or `auto`:
 what was tuned, else the default. Every answer is evaluated once more in fp64, and has a time only
 where all rows meet the tolerance there. Device times are the profiler's, means over runs; wall
-times medians by events, host included. After each line the file is written anew, so that what a
+times medians, host included. After each line the file is written anew, so that what a
 limit cuts off leaves the rest.
 
 Compiling takes longer than measuring. `--compile K/OF` runs the K-th share (from 0) of the lines
@@ -17,24 +17,26 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from deqfusion import Anderson, DEQFusion, Equilibrium, Implicit
 from deqfusion.kernels import triton_version
 
-from . import environment, peaks, warm
-from .problem import Shape
+from . import contenders, environment, peaks, timing, warm
+from .contenders import Contender
+from .contenders.base import products
+from .problem import Problem, Shape
 from .results import write_json
+from .suites import MODES
+from .verification import verify_state
 
 AUTO = "auto"
 PRECISIONS = ("highest", "high", "medium")
@@ -67,58 +69,45 @@ def parse_config(text: str) -> Any:
     return Config(schedule, *map(int, numbers))
 
 
-def residuals(layer: DEQFusion, eq: Equilibrium, features: Tensor) -> Tensor:
-    """||f(z) - z|| / ||f(z)|| of an answer z, evaluated in fp64: (N+1, rows)."""
-    wide = DEQFusion(layer.dim, layer.num_modalities, **layer.options._asdict())
-    wide = wide.to(features.device, torch.float64)
-    wide.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
-    with torch.no_grad():
-        z = torch.cat((eq.modalities, eq.fused.unsqueeze(0))).double()
-        f = wide.cell(z, features.double())
-    return (f - z).norm(dim=-1) / f.norm(dim=-1)
+def made(job: Job, device: torch.device) -> Contender:
+    """This library on the job's problem."""
+    contender = contenders.get("ours")(Problem(job.shape).to(device))
+    contender.set_tolerances(job.tol, job.tol)
+    return contender
+
+
+@contextmanager
+def under(job: Job) -> Iterator[None]:
+    """The job's precision of products and config."""
+    from deqfusion.kernels.launch import using
+
+    with products(job.precision), nullcontext() if job.config is None else using(job.config):
+        yield
 
 
 def measure(job: Job, device: torch.device, runs: int = 10) -> dict[str, Any]:
     """Runs a job and times its programs; without times where the answer is not verified."""
     from deqfusion.kernels.launch import ran, watching
 
-    call, layer, features = _problem(job, device)
-    with ran() as configs, watching() as compiled:
-        eq = call()
-    found = residuals(layer, eq, features.detach())
-    line: dict[str, Any] = {
-        "configs": [str(config) for config in dict.fromkeys(configs)],
-        "steps": eq.stats.steps.amax(-1).tolist(),
-        "worst_residual": float(found.max()),
-        "programs": [asdict(each) for each in dict.fromkeys(compiled)],
-    }
-    # f(z) is returned, and where f contracts is nearer than z, which was tested.
-    if not bool((found <= job.tol).all()):
-        return {**line, "failed": f"a residual of {found.max():.3g}, expected at most {job.tol:g}"}
-    return {**line, "device_us": _kernels(call, runs), "wall_us": _wall(call, runs)}
-
-
-def _problem(job: Job, device: torch.device) -> tuple[Callable[[], Equilibrium], DEQFusion, Tensor]:
-    from deqfusion.kernels.launch import using
-
-    rows, dim, modalities = job.shape.batch, job.shape.dim, job.shape.num_modalities
-    torch.manual_seed(0)
-    solver = Anderson(tol=job.tol, max_steps=200)
-    layer = DEQFusion(dim, modalities, solver=solver, adjoint=Implicit(solver)).to(device)
-    features = torch.randn(modalities, rows, dim, device=device, requires_grad=job.backward)
-
-    def call() -> Equilibrium:
-        with nullcontext() if job.config is None else using(job.config):
-            if not job.backward:
-                with torch.no_grad():
-                    return layer.equilibrium(features)
-            layer.zero_grad(set_to_none=True)
-            features.grad = None
-            eq = layer.equilibrium(features)
-            eq.fused.sum().backward()
-            return eq
-
-    return call, layer, features
+    contender, mode = made(job, device), MODES[int(job.backward)]
+    with under(job):
+        with ran() as configs, watching() as compiled:
+            answer = contender.function(mode)()
+        worst = verify_state(contender.problem, answer.state)
+        line: dict[str, Any] = {
+            "configs": [str(config) for config in dict.fromkeys(configs)],
+            "steps": {
+                name: int(torch.as_tensor(steps).max()) for name, steps in answer.solves.items()
+            },
+            "worst_residual": worst,
+            "programs": [asdict(each) for each in dict.fromkeys(compiled)],
+        }
+        # f(z) is returned, and where f contracts is nearer than z, which was tested.
+        if not worst <= job.tol:
+            return {**line, "failed": f"a residual of {worst:.3g}, expected at most {job.tol:g}"}
+        function, stopwatch = contender.function(mode), timing.Stopwatch(device)
+        wall = timing.summary([stopwatch(function, 1)[0] for _ in range(runs)])["median"]
+        return {**line, "device_us": _kernels(function, runs), "wall_us": round(1e6 * wall, 1)}
 
 
 def _kernels(call: Callable[[], object], runs: int) -> dict[str, float]:
@@ -136,18 +125,6 @@ def _kernels(call: Callable[[], object], runs: int) -> dict[str, float]:
         name = event.key.removesuffix("_kernel") if ours else "others"
         times[name] = times.get(name, 0.0) + event.self_device_time_total / runs
     return {name: round(value, 2) for name, value in sorted(times.items())}
-
-
-def _wall(call: Callable[[], object], runs: int) -> float:
-    times = []
-    for _ in range(runs):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return round(statistics.median(times), 1)
 
 
 def run(
@@ -214,24 +191,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    device, before = torch.device("cuda"), torch.get_float32_matmul_precision()
-
-    def measured(job: Job) -> dict[str, Any]:
-        torch.set_float32_matmul_precision(job.precision)
-        return measure(job, device)
-
-    try:
-        if parts is not None:
-            for job in jobs[parts[0] :: parts[1]]:
-                torch.set_float32_matmul_precision(job.precision)
-                try:
-                    _problem(job, device)[0]()
-                except Exception as error:
-                    print(f"{job}: {type(error).__name__}: {error}", file=sys.stderr)
-            return 0
-        return int(run(jobs, options.out, options.budget, measured) > 0)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    device = torch.device("cuda")
+    if parts is None:
+        return int(run(jobs, options.out, options.budget, partial(measure, device=device)) > 0)
+    for job in jobs[parts[0] :: parts[1]]:
+        try:
+            with under(job):
+                made(job, device).function(MODES[int(job.backward)])()
+        except Exception as error:
+            print(f"{job}: {type(error).__name__}: {error}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

@@ -91,16 +91,10 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-# What open, mkdir and their kind raise, without a word of what was expected.
-_OF_THE_SYSTEM = (
-    FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError,
-    OSError,
-)  # fmt: skip
-
-
 def one_line(error: BaseException | str) -> str:
     """Return an error's message on one line, or its type where it has none."""
-    if type(error) in _OF_THE_SYSTEM and isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        # Of open, mkdir and their kind, which say nothing of what was expected.
         return (
             f"{error.filename}: cannot be read or written ({error.strerror}), expected that it can"
         )

@@ -121,6 +121,11 @@ class SolveOptions:
         return "low" if self.climbs else ""
 
     @property
+    def exact(self) -> str:
+        """PRECISION of the programs: of products that are not in 16 bits."""
+        return "tf32" if self.precision == "half" else self.precision
+
+    @property
     def low(self) -> str:
         """The format of 16 bits that weights are packed in, "" for none."""
         return {"": "", "half": "float16", "low": "bfloat16"}[self.cheap]

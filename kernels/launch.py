@@ -89,9 +89,7 @@ def watching() -> Iterator[list[Compiled]]:
 
 
 def product_precision(precision: str) -> str:
-    """PRECISION of the device functions for one of `kernels.config.PRECISIONS`."""
-    if precision == "half":
-        return "ieee" if interpreted() else "tf32"
+    """What the device functions are told for PRECISION or LADDER."""
     return "rounded" if precision == "low" and interpreted() else precision
 
 
@@ -238,8 +236,8 @@ class Plan:
         return {
             "DIM": self.layout.dim, "G": self.layout.groups, "P": self.layout.padded,
             "BM": c.rows, "BK": min(c.depth, self.layout.padded), "M": o.slots,
-            "RELATIVE": o.relative, "PRECISION": product_precision(o.precision),
-            "LADDER": o.cheap if o.cheap != "low" else product_precision("low"),
+            "RELATIVE": o.relative, "PRECISION": product_precision(o.exact),
+            "LADDER": product_precision(o.cheap),
             "COOPERATIVE": self.cooperative,
             "RESIDENT": in_registers(c, self.layout.padded, o.slots, o.climbs),
         }  # fmt: skip

@@ -62,16 +62,16 @@ def history_of(f, W: tl.constexpr, BM: tl.constexpr, M: tl.constexpr, LADDER: tl
     On the ladder: four planes in fp32, and two in bfloat16; with LADDER "half" the last two, in
     float16, follow g; else these are g.
     """
-    g = f + (M if M > 0 else 1) * BM * W
+    SLOTS_OF: tl.constexpr = (M if M > 0 else 1) * BM * W
+    g = f + SLOTS_OF
     if LADDER == "":
         anchors = g
         deltas = g
     elif LADDER == "half":
         anchors = g
-        deltas = g + M * BM * W if M > 0 else g + BM * W
-        deltas = deltas.to(tl.pointer_type(tl.float16), bitcast=True)
+        deltas = (g + SLOTS_OF).to(tl.pointer_type(tl.float16), bitcast=True)
     else:
-        anchors = g + M * BM * W if M > 0 else g + BM * W
+        anchors = g + SLOTS_OF
         deltas = (anchors + 4 * BM * W).to(tl.pointer_type(tl.bfloat16), bitcast=True)
     return g, anchors, deltas
 

@@ -260,7 +260,7 @@ def _solves(
     solve = {
         "DIM": layout.dim, "G": layout.groups, "P": layout.padded, "M": options.slots,
         "RELATIVE": options.relative, "LADDER": options.cheap,
-        "PRECISION": "tf32" if options.cheap == "half" else options.precision,
+        "PRECISION": options.exact,
     }  # fmt: skip
     modality = {"SKIP": False, "PRESENT": False}
     fusion = {

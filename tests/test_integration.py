@@ -286,32 +286,6 @@ def test_exported_programs_are_saved_and_loaded(setting, strict, tmp_path):
     assert torch.allclose(loaded(features), fusion(features), rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_returns_its_equilibrium_is_exported(tmp_path):
-    """With the penalty and one step of the cell, as a training loop has them; see the README."""
-
-    class Whole(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fusion = DEQFusion(DIM, 3, **tight())
-
-        def forward(self, features):
-            eq = self.fusion.equilibrium(features)
-            again = self.fusion.cell(eq.state, features)
-            return eq, self.fusion.jacobian_penalty(eq, features), again
-
-    model = Whole().eval()
-    program = torch.export.export(model, (torch.randn(3, 5, DIM),))
-    torch.export.save(program, tmp_path / "model.pt2")
-    features = torch.randn(3, 5, DIM)
-    eq, penalty, again = torch.export.load(tmp_path / "model.pt2").module()(features)
-    expected = model.fusion.equilibrium(features)
-    torch.testing.assert_close(eq.fused, expected.fused, rtol=1e-4, atol=1e-5)
-    assert torch.equal(eq.stats.status, expected.stats.status)
-    assert eq.stats.trace is None
-    torch.testing.assert_close(again[-1], eq.fused, rtol=1e-3, atol=1e-3)
-    assert penalty > 0
-
-
 @needs_compiler
 def test_aot_inductor(tmp_path):
     model = Model(**tight())

@@ -141,9 +141,8 @@ def verdict(rows: Sequence[Mapping[str, Any]], base: str) -> list[str]:
             sentences.append(
                 f"By p (Holm) below {_LEVEL:g}, {word} {name} than {base}: {', '.join(names)}."
             )
-    if any("p_holm" in row and not math.isnan(row["p_holm"]) for row in rows) and not any(
-        map(_differs, rows)
-    ):
+    tested = [row for row in rows if not math.isnan(row.get("p_holm", math.nan))]
+    if tested and not any(map(_differs, tested)):
         sentences.append(f"No difference from {base} has a p (Holm) below {_LEVEL:g}.")
     return sentences
 
