@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 MAX_MEMORY = 8
-PRECISIONS = ("ieee", "tf32", "tf32x3", "half", "low")
-"""Of products: fp32 as it is, in tensor-core formats of 10 and of 3 times 10 bits, float16 (in the
-steps, tf32 elsewhere: as many bits in half as many bytes), and bfloat16."""
+PRECISIONS = ("ieee", "tf32", "tf32x3", "half")
+"""Of products: fp32 as it is, in tensor-core formats of 10 and of 3 times 10 bits, and float16 (in
+the steps, tf32 elsewhere: as many bits in half as many bytes)."""
 
 COUNTERS = 1024
 """Of meetings, packed with a block; a solve of more row blocks has its own."""

@@ -67,7 +67,7 @@ def ranked(
         options = example.options(solve)
         found[solve] = candidates(
             solve, example.rows, example.layout, example.modalities, device,
-            low=bool(options.cheap) or options.precision == "low", shared=shared,
+            low=bool(options.cheap), shared=shared,
             steps={m: example.steps(solve, m) for m in memories}, half=options.cheap == "half",
         )  # fmt: skip
         if not found[solve]:

@@ -339,13 +339,14 @@ def test_gradients_scale():
         torch.testing.assert_close(small[name][0] * 1e25, large[name][0], rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("change", [{"ladder": True}, {"precision": "low"}])
-def test_low_precision(change):
-    """The ladder meets the tolerance in fp32; bfloat16 throughout its own, looser one."""
-    rtol = 1e-4 if "ladder" in change else 1e-2
+def test_the_ladder_meets_the_tolerance():
+    """In fp32: what ends a row is exact."""
+    rtol = 1e-4
     problem = Problem.new(count=1)
     expected = problem.programs(SolveOptions(rtol=1e-6), (problem.features, problem.injection))
-    got = problem.programs(SolveOptions(rtol=rtol, **change), (problem.features, problem.injection))
+    got = problem.programs(
+        SolveOptions(rtol=rtol, ladder=True), (problem.features, problem.injection)
+    )
     for name in ("z", "zf"):
         assert (got[name].status == Status.CONVERGED).all()
         assert (got[name].residual <= rtol).all()
