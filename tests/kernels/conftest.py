@@ -1,7 +1,9 @@
 """These tests need Triton, and without a device its interpreter (see `tests/conftest.py`).
 
 The interpreter of Triton 3.7.1 casts fp32 to bfloat16 by cutting bits off, where devices round to
-the nearest. Here it rounds, so that the programs' errors are held against what they will be.
+the nearest. Here it rounds, so that the programs' errors are held against what they will be. It
+also looks for overflow in every operation on integers, which takes a third of its time: no tensor
+here is large enough for that (`tests/gpu` has one).
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ pytest.importorskip("triton", reason="the GPU programs need Triton")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def casts_round() -> Iterator[None]:
-    """Let the interpreter round as devices do."""
+def like_a_device() -> Iterator[None]:
+    """Let the interpreter round as devices do, and look for overflow as little."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
@@ -36,4 +38,6 @@ def casts_round() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", rounded)
+        unwatched = interpreter.InterpreterOptions(sanitize_overflow=False)
+        patch.setattr(interpreter.interpreter_builder, "options", unwatched)
         yield
