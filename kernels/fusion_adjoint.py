@@ -286,14 +286,14 @@ def fusion_adjoint_rows(
             factor = tl.full([BM, P], 1.0, dtype=tl.float32)
             if FUSION_MASK:
                 factor = load_true(fusion_mask, begin, local, take_part, group, column, DIM, DG)
-            x_tile = injection_tile(x, begin, local, take_part, group, column, DIM, DG)
+            x_tile, scaled = injection_tile(x, begin, local, take_part, group, column, DIM, DG)
             v = injected(
                 u_rows, wf, wf, z, z, vectors, x_tile, factor, group, W, EXACT, W, P, BM, BK,
                 PRECISION, "",
             )  # fmt: skip
             _, hat, deviation = normalised(v, vectors, group, W, DG, P, RELU_LAST)
             tl.store(xhat + tile, hat)
-            tl.store(rstd + local * G + group, deviation)
+            tl.store(rstd + local * G + group, deviation * scaled)
             if RELU_LAST:
                 tl.store(open_ + tile, tl.full([BM, P], 1.0, dtype=tl.float32))
             else:

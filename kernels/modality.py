@@ -31,6 +31,7 @@ from .primitives import (
     relu,
     standardise,
     store_true,
+    within_range,
 )
 from .resident import blank_of, held_from
 from .schedule import SUMS, leave, meet, own_groups
@@ -213,7 +214,7 @@ def modality_solve_rows(
         report_nothing(status, steps, residual, live, first_group, BM)
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]
-            value = load_true(x, begin, local, live, group, column, DIM, DG)
+            value, _ = within_range(load_true(x, begin, local, live, group, column, DIM, DG))
             tl.store(packed + tile, value)
             start = tl.zeros([BM, P], dtype=tl.float32)
             if INIT:

@@ -36,6 +36,7 @@ from .primitives import (
     product,
     standardise_vjp,
     store_true,
+    within_range,
 )
 from .resident import blank_of, held_from
 from .scaling import divisor_of, largest_of, scales
@@ -282,6 +283,7 @@ def modality_adjoint_rows(
             tl.store(z + tile, tl.zeros([BM, P], dtype=tl.float32))
             tl.store(best_f + tile, tl.zeros([BM, P], dtype=tl.float32))
             injected = load_true(x, begin, local, take_part, group, column, DIM, DG)
+            injected, factor = within_range(injected)
             z_tile = tl.load(z_rows + tile)
             _, xhat2, rstd2, xhat3, rstd3 = evaluated(
                 h_rows, w2, w2, z, z, vectors, injected, z_tile, group, EXACT, W, DG, P, BM, BK,
@@ -289,7 +291,7 @@ def modality_adjoint_rows(
             )  # fmt: skip
             tl.store(xhat + BM * W + tile, xhat2)
             tl.store(xhat + 2 * BM * W + tile, xhat3)
-            tl.store(rstd + (local * G + group) * 4 + 1, rstd2)
+            tl.store(rstd + (local * G + group) * 4 + 1, rstd2 * factor)
             tl.store(rstd + (local * G + group) * 4 + 2, rstd3)
         alive = take_part
         if not TRUNCATED:

@@ -5,6 +5,7 @@ true; accumulators and statistics are fp32.
 
     product          acc = sum_k a[rows, k] W[group, k]                               [BM, P]
     standardise      xhat = (x - mean) rstd,   rstd = 1 / sqrt(var + eps)             [BM, P], [BM]
+    within_range     c x,   c = min(1, 2^40 / max |x|)                                [BM, P], [BM]
     standardise_vjp  N(v) = rstd (v - mean(v) - xhat mean(v xhat))                    [BM, P]
 
 `PRECISION` of a product: "ieee", "tf32", "tf32x3" for fp32 operands; "low" rounds both operands to
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-5)
+LARGEST = tl.constexpr(2.0**40)
 NEAR = tl.constexpr(0)
 ANCHORED = tl.constexpr(1)
 EXACT = tl.constexpr(2)
@@ -120,6 +122,16 @@ def standardise(x, column, DG: tl.constexpr):
     centred = tl.where(true[None, :], x - (tl.sum(x, 1) / DG)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / DG + EPS)
     return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def within_range(x):
+    """x [BM, P] times a factor of every row, at most 1, so that no square overflows; the factor.
+
+    N(v) of what it is added to is that of the product times the factor: rstd takes it.
+    """
+    factor = LARGEST / tl.maximum(tl.max(tl.abs(x), 1), LARGEST)
+    return x * factor[:, None], factor
 
 
 @triton.jit

@@ -102,3 +102,36 @@ def test_an_absent_modality_is_no_lost_one():
     lost = eq.stats.status == Status.NON_FINITE
     assert lost[-1].tolist() == [False, False, True, False, False, False]
     assert lost.sum() == 2
+
+
+@pytest.mark.parametrize("size", [1e10, 1e19, 1e20, 1e30])
+@pytest.mark.parametrize("tail", ["relu_norm", "norm_relu"])
+def test_features_whose_squares_overflow(way, tail, size):
+    """The states, statuses and gradients of float64, in rows beside others of the usual size."""
+    tight = Anderson(tol=1e-5, max_steps=100)
+    way = {"solver": tight, "adjoint": Implicit(tight), "tail": tail, **way}
+    fusion = layer(**way)
+    features, direction = torch.randn(COUNT, BATCH, DIM), torch.randn(BATCH, DIM)
+    sizes = torch.ones(COUNT, BATCH, 1)
+    sizes[0, 1] = sizes[:, 2] = size
+    # One group of four that is large, which the others do not feel.
+    groups = torch.ones(COUNT, BATCH, DIM)
+    groups[1, 4, :4] = size
+    sizes = sizes * groups
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        fusion = fusion.to(dtype)
+        fusion.zero_grad()
+        inputs = (features * sizes).to(dtype).requires_grad_()
+        eq = fusion.equilibrium(inputs)
+        eq.fused.backward(direction.to(dtype))
+        state = torch.cat((eq.modalities, eq.fused.unsqueeze(0))).detach()
+        stepped = fusion.cell(state, inputs.detach())
+        # In units of 1 / |x| a gradient is as large in every row.
+        got = inputs.grad * sizes
+        parameters = [p.grad for p in fusion.parameters()]
+        results.append((eq.stats.status, [state, stepped, got, *parameters]))
+    (status, values), (expected, true) = results
+    assert torch.equal(status, expected)
+    for value, wanted in zip(values, true, strict=True):
+        torch.testing.assert_close(value.double(), wanted, rtol=2e-3, atol=2e-3)

@@ -87,6 +87,26 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def bound_of(dtype: torch.dtype) -> float:
+    """Up to where numbers are normalised as they are: the square of a sum of them is finite."""
+    return 2.0 ** (300 if dtype == torch.float64 else 40)
+
+
+def within_range(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """x (..., d), each group times a power of two that takes it to `bound_of` its dtype.
+
+    A normalisation takes the factor out again, but for EPS, which is nothing beside such a group.
+
+    Returns:
+        x, and the factors (..., G, 1), at most 1.
+    """
+    grouped = x.unflatten(-1, (groups, -1))
+    largest = grouped.detach().abs().amax(-1, keepdim=True)
+    above = torch.log2(largest / bound_of(x.dtype))
+    factor = torch.exp2(-torch.ceil(above).clamp(min=0.0))
+    return (grouped * factor).flatten(-2), factor
+
+
 def normalize(x: Tensor, groups: int) -> Tensor:
     """Zero mean and unit variance (biased) in each of `groups` groups of the last dimension."""
     shape = x.shape
@@ -108,6 +128,7 @@ def modality_cell(z: Tensor, x: Tensor, p: ModalityParameters, o: CellOptions) -
     h = torch.baddbmm(p.bias1.unsqueeze(1), z, p.weight1.transpose(1, 2))
     h = F.relu(group_norm(h, *affine("norm1"), o.num_groups))
     u = torch.baddbmm(p.bias2.unsqueeze(1) + x, h, p.weight2.transpose(1, 2))
+    u, _ = within_range(u, o.num_groups)
     t = group_norm(u, *affine("norm2"), o.num_groups)
     if o.skip:
         t = t + z
@@ -159,7 +180,7 @@ def fusion_cell(
     v = F.linear(u, p.weight, p.bias)
     if fusion_mask is not None:
         v = v * fusion_mask
-    v = v + injection
+    v, _ = within_range(v + injection, o.num_groups)
     if o.tail == "norm_relu":
         return F.relu(group_norm(v, p.norm_weight, p.norm_bias, o.num_groups))
     return group_norm(F.relu(v), p.norm_weight, p.norm_bias, o.num_groups)
@@ -187,14 +208,15 @@ def _norm_and_jvp(
 ) -> tuple[Tensor, Tensor]:
     """`group_norm` of x (..., d), and its derivative there in the direction dx.
 
-    As the solves compute it, and not by PyTorch's kernel as `normalize` does: where a variance
-    overflows, the result is the bias and its derivative 0, and nothing is NaN.
+    As the solves compute it, and not by PyTorch's kernel as `normalize` does, which gives NaN where
+    a variance overflows.
     """
+    x, factor = within_range(x, o.num_groups)
     x, dx = (t.unflatten(-1, (o.num_groups, -1)) for t in (x, dx))
     centred, dx = x - x.mean(-1, keepdim=True), dx - dx.mean(-1, keepdim=True)
     rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + EPS)
     xhat = centred * rstd
-    dy = (dx - xhat * (xhat * dx).mean(-1, keepdim=True)) * rstd
+    dy = (dx - xhat * (xhat * dx).mean(-1, keepdim=True)) * (rstd * factor)
     return xhat.flatten(-2) * weight + bias, dy.flatten(-2) * weight
 
 

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from deqfusion.reference.cell import CellOptions, FusionParameters, gate_weights
 from deqfusion.reference.iterate import Anchor
-from deqfusion.reference.norm import NormVJP, centre, centre_, inverse_deviation, multiply_groups_
+from deqfusion.reference.norm import (
+    NormVJP,
+    centre,
+    centre_,
+    injected_within_range,
+    inverse_deviation,
+    multiply_groups_,
+)
 from deqfusion.reference.product import Weight, take_rows
 
 
@@ -59,7 +66,10 @@ class FusionBlock:
         self.fusion_mask = None if fusion_mask is None else fusion_mask.unsqueeze(0)
         bias = self.c.bias if fusion_mask is None else self.c.bias * fusion_mask
         # ReLU would hide an infinite negative injection: such a row has no answer either.
-        self.injection = torch.where(injection.isfinite(), injection, torch.nan) + bias
+        injection = torch.where(injection.isfinite(), injection, torch.nan)
+        injection, scale = injected_within_range(injection, o.num_groups)
+        self.scale = None if scale is None else scale.squeeze(-1)
+        self.injection = injection + bias
         self.constants, self.gate_mask = constants, gate_mask
         self.modalities, self.factor = constants.shape[0], gate_mask
         self.slope: Tensor | None = None
@@ -76,7 +86,8 @@ class FusionBlock:
     def _map(self, function: object) -> FusionBlock:
         other = object.__new__(FusionBlock)
         other.c, other.modalities = self.c, self.modalities
-        for name in ("injection", "constants", "gate_mask", "fusion_mask", "slope", "factor"):
+        names = ("injection", "constants", "gate_mask", "fusion_mask", "slope", "factor", "scale")
+        for name in names:
             value = getattr(self, name)
             whole = value is None or value.shape[1] == 1 != self.shape[1]
             setattr(other, name, value if whole else function(value))  # type: ignore[operator]
@@ -174,13 +185,14 @@ class FusionLinearization:
             self.t = z * slope.sum(0, keepdim=True)
         self.u = self.s * z
         v = block.injected(self.u)
+        scale = None if block.scale is None else block.scale.unsqueeze(-1)
         if o.tail == "relu_norm":
             self.open = v > 0
             v = centre_(v.relu_(), o.num_groups)
-            self.norm = NormVJP(v, inverse_deviation(v, o.num_groups))
+            self.norm = NormVJP(v, inverse_deviation(v, o.num_groups), scale)
         else:
             v = centre_(v, o.num_groups)
-            self.norm = NormVJP(v, inverse_deviation(v, o.num_groups))
+            self.norm = NormVJP(v, inverse_deviation(v, o.num_groups), scale)
             self.open = torch.addcmul(c.b, self.norm.normalized(), c.w) > 0
         # Factors before and after the normalisation's VJP.
         relu_last = o.tail == "norm_relu"

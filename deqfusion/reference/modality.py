@@ -15,6 +15,8 @@ with N_j the VJP of the j-th normalisation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from deqfusion.reference.norm import (
     NormVJP,
     centre,
     centre_,
+    injected_within_range,
     inverse_deviation,
     multiply_groups_,
 )
@@ -58,25 +61,30 @@ class ModalityBlock:
     def __init__(self, x: Tensor, p: ModalityParameters, o: CellOptions) -> None:
         self.shape = x.shape
         self.c = _Constants(p, o)
+        x, self.factor = injected_within_range(x, o.num_groups)
         self.injection = x + self.c.bias2
 
     def blocks(self, start: int, stop: int) -> ModalityBlock:
         """The modalities start to stop, with weights of their own."""
         p = ModalityParameters(*(t[start:stop] for t in self.c.parameters))
-        return self._with(self.injection[start:stop], _Constants(p, self.c.options))
+        part = slice(start, stop)
+        return self._map(lambda t: t[part], _Constants(p, self.c.options))
 
     def rows(self, start: int, stop: int) -> ModalityBlock:
         """The same block for the rows start to stop."""
-        return self._with(self.injection[:, start:stop], self.c)
+        return self._map(lambda t: t[:, start:stop], self.c)
 
     def take(self, index: Tensor) -> ModalityBlock:
         """The same block for the rows index (N, S)."""
-        return self._with(take_rows(self.injection, index), self.c)
+        return self._map(lambda t: take_rows(t, index), self.c)
 
-    @staticmethod
-    def _with(injection: Tensor, c: _Constants) -> ModalityBlock:
+    def _map(self, function: Callable[[Tensor], Tensor], c: _Constants) -> ModalityBlock:
         other = object.__new__(ModalityBlock)
-        other.c, other.injection, other.shape = c, injection, injection.shape
+        other.c, other.injection = c, function(self.injection)
+        other.factor = None
+        if self.factor is not None:
+            other.factor = function(self.factor.squeeze(-1)).unsqueeze(-1)
+        other.shape = other.injection.shape
         return other
 
     def __call__(self, z: Tensor | None) -> Tensor:
@@ -152,7 +160,7 @@ class ModalityLinearization:
         self.h = y.relu()
         self.open1 = y > 0
         q = centre_(c.weight2.forward(self.h, block.injection), groups)
-        self.norm2 = NormVJP(q, inverse_deviation(q, groups))
+        self.norm2 = NormVJP(q, inverse_deviation(q, groups), block.factor)
         t = torch.addcmul(c.b2, self.norm2.normalized(), c.w2)
         if o.skip:
             t.add_(z)

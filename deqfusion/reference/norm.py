@@ -5,11 +5,29 @@ The variance is that of the centred values, never E[x^2] - E[x]^2.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from deqfusion.reference.cell import EPS
+from deqfusion.reference.cell import EPS, bound_of, within_range
 from deqfusion.reference.product import take_rows
+
+
+def injected_within_range(x: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
+    """`within_range` of what a solve adds to a product (..., d) at every step.
+
+    The product, which has no factor, is lost beside a group that has one, as it is beside the x
+    that was given.
+
+    Returns:
+        x, and the factors (..., G, 1); None: all are 1, which is known on a CPU only.
+    """
+    known = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    # A NaN, which hides how large the others are, compares as false.
+    if known and (x.numel() == 0 or torch.linalg.vector_norm(x, math.inf) <= bound_of(x.dtype)):
+        return x, None
+    return within_range(x, groups)
 
 
 def centre(x: Tensor, groups: int) -> Tensor:
@@ -53,10 +71,11 @@ class NormVJP:
     Args:
         centred: (..., d) contiguous, x minus its group means.
         rstd: (..., G, 1), inverse deviations.
+        factor: (..., G, 1), by which x was taken `within_range`, or None.
     """
 
-    def __init__(self, centred: Tensor, rstd: Tensor) -> None:
-        self.centred, self.rstd = centred, rstd
+    def __init__(self, centred: Tensor, rstd: Tensor, factor: Tensor | None = None) -> None:
+        self.centred, self.rstd, self.factor = centred, rstd, factor
         self.size = centred.shape[-1] // rstd.shape[-2]
         self.mean = rstd.new_zeros(rstd.numel(), 1)
 
@@ -67,7 +86,8 @@ class NormVJP:
             gradient.reshape(-1, self.size), self.centred.reshape(-1, self.size), (self.size,),
             self.mean, self.rstd.reshape(-1, 1), None, None, [True, False, False],
         )  # fmt: skip
-        return out.reshape(gradient.shape)
+        out = out.reshape(gradient.shape)
+        return out if self.factor is None else multiply_groups_(out, self.factor)
 
     def normalized(self) -> Tensor:
         """xhat (..., d)."""
@@ -75,5 +95,9 @@ class NormVJP:
 
     def take(self, index: Tensor) -> NormVJP:
         """The same for the rows index (K, S) of (K, R, d)."""
-        rstd = take_rows(self.rstd.squeeze(-1), index)
-        return NormVJP(take_rows(self.centred, index), rstd.unsqueeze(-1))
+
+        def rows(t: Tensor) -> Tensor:
+            return take_rows(t.squeeze(-1), index).unsqueeze(-1)
+
+        factor = None if self.factor is None else rows(self.factor)
+        return NormVJP(take_rows(self.centred, index), rows(self.rstd), factor)
