@@ -100,6 +100,8 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 def cell_options(options: CellOptions, dim: int) -> None:
     """Options that name equations, for width `dim`."""
+    if not isinstance(options, CellOptions):
+        raise TypeError(f"cell: got {type(options).__name__}, expected CellOptions")
     groups: Any
     skip: Any
     groups, gate, gate_input, skip, tail = options
@@ -172,6 +174,7 @@ def modality_features(
         ValueError, TypeError: naming the feature, what was got and what was expected.
     """
     if isinstance(features, Tensor):
+        _dense("features", features)
         if features.dim() < 2:
             raise ValueError(
                 f"features: got a tensor of shape {tuple(features.shape)}, expected (N, ..., d) = "
@@ -196,6 +199,7 @@ def modality_features(
             raise TypeError(
                 f"features[{index}]: got {type(part).__name__}, expected a tensor (..., {dim})"
             )
+        _dense(f"features[{index}]", part)
         if not part.is_floating_point():
             raise TypeError(
                 f"features[{index}]: got dtype {part.dtype}, expected a floating-point dtype"
@@ -218,10 +222,19 @@ def modality_features(
     return parts
 
 
+def _dense(name: str, value: Tensor) -> None:
+    """A tensor with an element at every place of its shape."""
+    if value.is_nested or value.layout is not torch.strided:
+        got = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
+        raise TypeError(f"{name}: got {got}, expected a dense one")
+
+
 def fits(value: Any, modalities: int, dim: int) -> bool:
     """Whether features are one tensor (N, ..., d), floating point: what there is most often."""
     return (
         isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_nested
         and value.dim() > 1
         and value.shape[0] == modalities
         and value.shape[-1] == dim
@@ -249,6 +262,7 @@ def floating(name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: got {got}, expected a floating-point tensor")
+    _dense(name, value)
 
 
 def same_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:
@@ -270,6 +284,7 @@ def mask(value: Tensor, leading: torch.Size, modalities: int) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"mask: got {type(value).__name__}, expected a tensor (..., {modalities})")
+    _dense("mask", value)
     if value.dtype != torch.bool:
         hint = f"; {as_list(modalities)}" if value.is_floating_point() else ""
         raise TypeError(
@@ -373,6 +388,7 @@ def state(value: Tensor, modalities: int, leading: torch.Size, dim: int, name: s
         raise TypeError(
             f"{name}: got {type(value).__name__}, expected a tensor (N+1, ..., d) or an Equilibrium"
         )
+    _dense(name, value)
     expected = (modalities + 1, *leading, dim)
     if tuple(value.shape) != expected:
         # With as many rows as modalities, the first of several arguments passes for all features.

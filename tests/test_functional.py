@@ -205,6 +205,30 @@ def test_what_was_silent():
         functional.modality_equilibrium(x.float(), fusion.modality_parameters, solver="anderson")
 
 
+def test_cell_options_that_are_none(fusion):
+    x = torch.randn(COUNT, BATCH, DIM)
+    for cell in (None, (4, "sigmoid", "sum", False, "relu_norm")):
+        with pytest.raises(TypeError, match=r"^cell: got (NoneType|tuple), expected CellOptions$"):
+            functional.modality_equilibrium(x, fusion.modality_parameters, cell=cell)
+
+
+def test_tensors_that_are_not_dense(fusion):
+    x = torch.randn(COUNT, BATCH, DIM)
+    ragged = torch.nested.nested_tensor([x[0], x[1][:2]], layout=torch.jagged)
+    sparse = [each.to_sparse() for each in x]
+    calls = {
+        "features": lambda: fusion(ragged),
+        "features[0]": lambda: fusion(sparse),
+        "init": lambda: fusion(x, init=torch.zeros(COUNT + 1, BATCH, DIM).to_sparse()),
+        "injection": lambda: fusion.equilibrium(x, injection=sparse[0]),
+        "mask": lambda: fusion(x, mask=torch.zeros(BATCH, COUNT, dtype=torch.bool).to_sparse()),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=r": got a .*, expected a dense one$") as error:
+            call()
+        assert str(error.value).startswith(f"{name}: ")
+
+
 @pytest.mark.parametrize("method", ["jacobian_penalty", "spectral_radius"])
 def test_an_equilibrium_of_other_features(fusion, method):
     features = torch.randn(COUNT, BATCH, DIM)
