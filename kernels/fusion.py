@@ -194,7 +194,7 @@ def fusion_step(
             held, t_own, change, z, best_f, best_g, f, g, anchors, deltas, gram, status,
             steps, residual, trace, sums, step, max_steps, alive, running, best,
             improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
-            first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE, False, True,
+            first_group, last_group, W, P, M, BM, RELATIVE, LADDER, TRACE, False, False,
             RESIDENT,
         )  # fmt: skip
     meeting += 3

@@ -158,7 +158,7 @@ def fusion_adjoint_step(
             steps, residual, residual, totals, step, max_steps, alive, running, best,
             improved_at, restarts, first, done, exact, kind, rtol, atol, ridge, mixing,
             first_group, last_group, W, P, M, BM, RELATIVE, LADDER, False, TRUNCATED,
-            False, RESIDENT,
+            True, RESIDENT,
         )  # fmt: skip
     tl.debug_barrier()
     meeting += 3

@@ -195,15 +195,22 @@ def kind_of(exact, step, LADDER: tl.constexpr):
 
 
 @triton.jit
-def judge(gn, fn, done, running, best, improved_at, restarts, last, rtol, atol):
+def judge(
+    gn, fn, done, running, best, improved_at, restarts, last, rtol, atol, ADJOINT: tl.constexpr
+):
     """What the residual norms gn, fn [BM] of a row's `done`-th evaluation, an exact one, decide.
+
+    In an adjoint solve, of a unit gradient from 0, no residual above 1 is the best but the first.
 
     Returns improved, ended, code, best, improved_at; all [BM].
     """
     finite = (gn < float("inf")) & (fn < float("inf"))
     relative = relative_residual(gn, fn)
     met = running & finite & (gn <= atol + rtol * fn)
-    improved = met | (running & finite & (relative < best))
+    better = relative < best
+    if ADJOINT:
+        better = better & ((gn <= 1.0) | (best == float("inf")))
+    improved = met | (running & finite & better)
     best = tl.where(improved, relative, best)
     improved_at = tl.where(improved, done, improved_at)
     hopeless = running & (finite == 0) & ((restarts >= MAX_RESTARTS) | (best == float("inf")))
@@ -299,7 +306,7 @@ def finish(
     trace, sums, step, max_steps, alive, running, best, improved_at, restarts, first, done, exact,
     kind, rtol, atol, ridge, mixing, first_group, last_group,
     W: tl.constexpr, P: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, RELATIVE: tl.constexpr,
-    LADDER: tl.constexpr, TRACE: tl.constexpr, TRUNCATED: tl.constexpr, FACTOR: tl.constexpr,
+    LADDER: tl.constexpr, TRACE: tl.constexpr, TRUNCATED: tl.constexpr, ADJOINT: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """The rest of a step once all groups are evaluated: ends rows, stores the next iterates.
@@ -307,8 +314,9 @@ def finish(
     Pointers are those of the program's first row; status, steps, residual, trace are written by the
     program of group 0. Rows: alive (not ended), running (alive and not waiting), best residual and
     the evaluation it fell in, restarts, first step that counts, done (evaluations so far), all
-    [BM]; exact: whether the rows are off the ladder, a scalar; kind: of this evaluation; FACTOR:
-    whether z itself is multiplied, not what is made of it; held, t, change: of a RESIDENT program.
+    [BM]; exact: whether the rows are off the ladder, a scalar; kind: of this evaluation; ADJOINT:
+    whether not z itself is multiplied, but what is made of it, and see `judge`; held, t, change: of
+    a RESIDENT program.
     Returns all eight, the step's number and held, as the next step finds them.
     """
     CLIMBS: tl.constexpr = LADDER != "" and LADDER != "half"
@@ -336,8 +344,9 @@ def finish(
         running = alive
     else:
         improved, ended, code, fell, fell_at = judge(
-            gn, fn, done, running, best, improved_at, restarts, done >= max_steps, rtol, atol
-        )
+            gn, fn, done, running, best, improved_at, restarts, done >= max_steps, rtol, atol,
+            ADJOINT,
+        )  # fmt: skip
         if CLIMBS:
             judged = local * 0 + kind != NEAR
             improved = improved & judged
@@ -365,13 +374,13 @@ def finish(
     if RESIDENT:
         held = advance_held(
             held, t, change, z, best_f, best_g, sums, step, first, ridge, mixing, improved, moving,
-            lost, restarts, first_group, deltas, W, P, M, BM, RELATIVE, LADDER if FACTOR else "",
+            lost, restarts, first_group, deltas, W, P, M, BM, RELATIVE, "" if ADJOINT else LADDER,
         )  # fmt: skip
     else:
         advance(
             z, best_f, best_g, f, g, anchors, deltas, gram, sums[2], step, first, ridge, mixing,
             improved, moving, lost, restarts, kind, first_group, last_group, W, P, M, BM, RELATIVE,
-            TRUNCATED, LADDER if FACTOR else "",
+            TRUNCATED, "" if ADJOINT else LADDER,
         )  # fmt: skip
     if CLIMBS:
         # All rows wait, or ended: those that wait go on.

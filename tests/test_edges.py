@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from deqfusion import Anderson, DEQFusion, Implicit, OneStep, Phantom, Status, Unroll
+from deqfusion import (
+    Anderson,
+    Broyden,
+    DEQFusion,
+    Implicit,
+    OneStep,
+    Phantom,
+    Picard,
+    Status,
+    Unroll,
+    functional,
+)
+from deqfusion.reference import iterate, solve
 
 DIM, COUNT, BATCH = 16, 2, 6
 WAYS = {
@@ -135,3 +147,30 @@ def test_features_whose_squares_overflow(way, tail, size):
     assert torch.equal(status, expected)
     for value, wanted in zip(values, true, strict=True):
         torch.testing.assert_close(value.double(), wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("backend", ["auto", "masked"])
+@pytest.mark.parametrize("solver", [Anderson(), Picard(), Broyden()], ids=repr)
+def test_an_adjoint_that_expands_returns_no_more_than_its_gradient(solver, backend, monkeypatch):
+    """A constant row of features has no variance, and a derivative a hundred times too large."""
+    if backend == "masked":
+        monkeypatch.setattr(solve, "fixed_point", iterate.fixed_point_masked)
+    features, direction = torch.randn(COUNT, BATCH, DIM), torch.randn(COUNT, BATCH, DIM)
+    features[0, 1] = -1e9
+    fusion = layer()
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        eq = fusion.equilibrium(features)
+    one, full = (
+        functional.modality_adjoint(
+            direction, eq.modalities, features, fusion.modality_parameters, cell=fusion.options,
+            adjoint=adjoint,
+        )
+        for adjoint in (OneStep(), Implicit(solver))
+    )  # fmt: skip
+    status = full[2].status
+    assert status[0, 1] != Status.CONVERGED
+    assert (status[1] == Status.CONVERGED).all()
+    assert full[0][0, 1].norm() <= 2 * one[0][0, 1].norm()
+    assert full[2].residual[0, 1] <= 1

@@ -81,7 +81,7 @@ def _solve_adjoint(
     norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
     unit, scale = unit / torch.where(norm > 0, norm, 1.0), largest * norm
     active = active & ~(largest.squeeze(-1) == 0)
-    settings = settings_of(o, None, gradient, gradient.shape[-1])
+    settings = settings_of(o, None, gradient, gradient.shape[-1])._replace(most=1.0)
     block = _LinearBlock(linear, unit)
     outcome = run_loop(block, None, o, settings, active, None, gradient.new_empty(0))
     return outcome._replace(state=outcome.state * scale)

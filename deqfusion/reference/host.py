@@ -161,7 +161,7 @@ class _Loop:
             self.trace[k, at[0], at[1], 0], self.trace[k, at[0], at[1], 1] = gn[k, s], fn[k, s]
         finite = np.isfinite(gn) & np.isfinite(fn)
         if self.exact:
-            self.judge(relative, gn <= goal, finite)
+            self.judge(relative, gn <= goal, finite, gn <= self.settings.most)
         self.evaluations += 1
         if not self.running.any():
             return
@@ -194,11 +194,11 @@ class _Loop:
         f, self.anchor = block.anchored(z)
         return f
 
-    def judge(self, relative: Array, met: Array, finite: Array) -> None:
-        """Keeps the best iterates of an exact evaluation, and ends rows."""
+    def judge(self, relative: Array, met: Array, finite: Array, sound: Array) -> None:
+        """Keeps the best iterates of an exact evaluation, if `sound`, and ends rows."""
         running, step, best = self.running, self.figure("step"), self.figure("best")
         met = met & finite
-        improved = running & finite & (met | (relative < best))
+        improved = running & finite & (met | (relative < best) & (sound | np.isinf(best)))
         self.keep_best(improved)
         best[improved] = relative[improved]
         self.figure("improved_at")[improved] = step[improved]

@@ -6,6 +6,10 @@ row from its best iterate with a damped step (twice as damped each time, three t
 that then still is not finite ends NON_FINITE). A row whose best residual has not fallen for
 `PATIENCE` steps is STAGNATED. Rows that end without converging return their best iterate's f(z).
 
+Best is the least ||g|| / ||f||. Where a map expands, that falls towards 1 while f grows without
+end. In an adjoint solve, for a gradient of norm 1 from 0, the residual begins at 1: there no
+evaluation with a larger one is the best, so that such a row returns no worse than its gradient.
+
 Two loops do that: `deqfusion.reference.host` looks at the flags of the rows and drops those that
 ended; `fixed_point_masked` here looks at nothing, runs `max_steps` steps with ended rows frozen,
 and so never waits for a device.
@@ -13,6 +17,7 @@ and so never waits for a device.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -63,7 +68,10 @@ class LadderBlock(Block, Protocol):
 
 
 class Settings(NamedTuple):
-    """When a row ends, `rtol` may be a tensor (), and when rows that did leave the work."""
+    """When a row ends, `rtol` may be a tensor (), and when rows that did leave the work.
+
+    most: of an adjoint 1, the largest ||g|| that the best evaluation may have, but for the first.
+    """
 
     rtol: float | Tensor
     atol: float
@@ -71,6 +79,7 @@ class Settings(NamedTuple):
     restart: bool = True
     ladder: bool = False
     compact_below: float = COMPACT_BELOW
+    most: float = math.inf
 
 
 class Outcome(NamedTuple):
@@ -155,7 +164,8 @@ def fixed_point_masked(
         if trace is not None:
             _write(trace[:, :, step], running, torch.stack((gn, fn), -1))
         met = running & finite & (gn <= settings.atol + settings.rtol * fn)
-        improved = met | running & finite & (relative < best)
+        sound = (gn <= settings.most) | best.isinf()
+        improved = met | running & finite & sound & (relative < best)
         best_f = torch.where(improved.unsqueeze(-1), f, best_f)
         best_g = torch.where(improved.unsqueeze(-1), g, best_g)
         best = torch.where(improved, relative, best)

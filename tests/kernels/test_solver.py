@@ -19,19 +19,22 @@ INF, NAN = float("inf"), float("nan")
 
 
 @triton.jit
-def judge_kernel(figures, counts, decided, best_out, step, rtol, atol, RESTART: tl.constexpr):
-    at = tl.arange(0, 16)
-    gn, fn, restarts = tl.load(figures + at), tl.load(figures + 16 + at), tl.load(counts + 32 + at)
+def judge_kernel(
+    figures, counts, decided, best_out, step, rtol, atol, RESTART: tl.constexpr,
+    ADJOINT: tl.constexpr,
+):  # fmt: skip
+    at = tl.arange(0, 32)
+    gn, fn, restarts = tl.load(figures + at), tl.load(figures + 32 + at), tl.load(counts + 64 + at)
     running = tl.load(counts + at) != 0
     improved, ended, code, best, improved_at = judge(
-        gn, fn, step, running, tl.load(figures + 32 + at), tl.load(counts + 16 + at), restarts,
-        tl.load(counts + 48 + at) != 0, rtol, atol,
+        gn, fn, step, running, tl.load(figures + 64 + at), tl.load(counts + 32 + at), restarts,
+        tl.load(counts + 96 + at) != 0, rtol, atol, ADJOINT,
     )  # fmt: skip
     lost = astray(gn, fn, running & (ended == 0), best, restarts, RESTART)
     tl.store(decided + at, improved.to(tl.int32))
-    tl.store(decided + 16 + at, tl.where(ended, code, -1))
-    tl.store(decided + 32 + at, lost.to(tl.int32))
-    tl.store(decided + 48 + at, improved_at)
+    tl.store(decided + 32 + at, tl.where(ended, code, -1))
+    tl.store(decided + 64 + at, lost.to(tl.int32))
+    tl.store(decided + 96 + at, improved_at)
     tl.store(best_out + at, best)
 
 
@@ -56,20 +59,29 @@ CASES = {
     "runs out of steps": ((0.4, 1.0, 0.5, 29, 0, 1, 1), (1, Status.MAX_STEPS, 0, 0)),
     "does not run": ((1e-4, 1.0, 0.5, 0, 0, 1, 0), (0, GOING, 0, 0)),
 }  # fmt: skip
+# Improves where it is no adjoint.
+ABOVE = {
+    "is above that of zeros": ((1.2, 3.0, 0.5, 29, 0, 0, 1), (0, GOING, 0, 0)),
+    "is above it and meets the tolerance":
+        ((1.2, 2e3, 0.5, 29, 0, 0, 1), (1, Status.CONVERGED, 0, 0)),
+    "is the first": ((1.0001, 1.0, INF, 0, 0, 0, 1), (1, GOING, 0, 0)),
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
 @pytest.mark.parametrize("restart", [True, False])
-def test_what_a_residual_decides(restart):
-    given = torch.tensor([case[0] for case in CASES.values()], dtype=torch.float64).T
+def test_what_a_residual_decides(restart, adjoint):
+    cases = {**CASES, **ABOVE} if adjoint else CASES
+    given = torch.tensor([case[0] for case in cases.values()], dtype=torch.float64).T
     rows = given.shape[1]
-    figures = torch.zeros(3, 16)
+    figures = torch.zeros(3, 32)
     figures[:, :rows] = given[:3].float()
-    counts = torch.zeros(4, 16, dtype=torch.int32)
+    counts = torch.zeros(4, 32, dtype=torch.int32)
     # Running, improved at, restarts, last.
     counts[:, :rows] = given[[6, 3, 4, 5]].int()
-    decided, best = torch.zeros(4, 16, dtype=torch.int32), torch.zeros(16)
-    judge_kernel[(1,)](figures, counts, decided, best, STEP, 1e-3, 0.0, restart)
-    for row, (name, (before, expected)) in enumerate(CASES.items()):
+    decided, best = torch.zeros(4, 32, dtype=torch.int32), torch.zeros(32)
+    judge_kernel[(1,)](figures, counts, decided, best, STEP, 1e-3, 0.0, restart, adjoint)
+    for row, (name, (before, expected)) in enumerate(cases.items()):
         improved, status, *lost = expected
         got = decided[:, row].tolist()
         assert got[:2] == [improved, status], name
@@ -118,7 +130,7 @@ def finish_kernel(planes, whole, norms, counts, out, kind, LADDER: tl.constexpr)
     alive, running, best, _, _, _, _, exact, _, _ = finish(
         held, zero, zero, z, best_f, best_g, f, g, anchors, whole, planes, counts, counts + 16, out,
         out, sums, 7, 50, running, running, best, zero, zero, zero, zero + 7, 0, kind, 1e-3, 0.0,
-        0.0, 1.0, 0, 1, 16, 16, 0, 16, True, LADDER, False, False, True, False,
+        0.0, 1.0, 0, 1, 16, 16, 0, 16, True, LADDER, False, False, False, False,
     )  # fmt: skip
     tl.store(counts + 32 + at, alive.to(tl.int32))
     tl.store(counts + 48 + at, running.to(tl.int32))
@@ -249,3 +261,20 @@ def test_a_restart_forgets_the_history(config):
     relative = truth / expected.trace[0, :, 1]
     assert relative[4] > 10 * relative[:4].min(), "no restart tests nothing"
     torch.testing.assert_close(residuals, truth, rtol=5e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("memory", [0, 5])
+def test_an_adjoint_that_expands_returns_no_more_than_its_gradient(memory):
+    """A constant row of features has no variance, and a derivative a hundred times too large."""
+    problem = Problem.new(count=1)
+    problem.features[0, 1] = -1e9
+    solved = problem.reference(Anderson(tol=1e-5))
+    given = problem.gradient, solved["z"].state, solved["z"].status, problem.features
+    one, full = (
+        solves.adjoint_modality(*given, problem.modality, 2, False, options, config=CONFIG)
+        for options in (
+            SolveOptions(max_steps=1, truncated=True), SolveOptions(memory=memory, max_steps=60),
+        )
+    )  # fmt: skip
+    assert full[2].status.tolist() == [[Status.CONVERGED, Status.STAGNATED, Status.CONVERGED]]
+    assert full[0][0, 1].norm() <= 2 * one[0][0, 1].norm()
