@@ -10,7 +10,8 @@ single solve of the whole state and differentiates it by the same two adjoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ __all__ = [
     "modality_equilibrium",
     "pack",
     "stack_and_inject",
+    "watching_adjoints",
 ]
 
 _M, _F = len(ModalityParameters._fields), len(FusionParameters._fields)
@@ -79,6 +81,31 @@ class LinearStats(NamedTuple):
     residual: Tensor
 
 
+_watched: list[LinearStats] | None = None
+
+
+@contextmanager
+def watching_adjoints() -> Iterator[list[LinearStats]]:
+    """Collects the outcomes of the adjoint solves of all backward passes meanwhile.
+
+    In the order in which they ran: of a layer fusion's first, (R,) each, then that of its
+    modalities, (N, R). A row that is not CONVERGED has the gradient of its best evaluation, of
+    which the first is `OneStep`'s. For the whole process, as backward runs in a thread of its own
+    on a GPU. Compiled backward passes tell nothing.
+    """
+    global _watched
+    before, _watched = _watched, []
+    try:
+        yield _watched
+    finally:
+        _watched = before
+
+
+def _tell(outcome: Sequence[Tensor]) -> None:
+    if _watched is not None and not torch.compiler.is_compiling():
+        _watched.append(LinearStats(*outcome))
+
+
 class _ModalityEquilibrium(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -104,6 +131,7 @@ class _ModalityEquilibrium(torch.autograd.Function):
         dx, *grads = torch.ops.deqfusion.modality_adjoint(
             gradient, state, status, x, present, *parameters, *ctx.cell, ctx.adjoint
         )
+        _tell(grads[_M:])
         return (dx, *nothing[:6], *grads[:_M], *nothing[: _C + _S])
 
 
@@ -137,6 +165,7 @@ class _FusionEquilibrium(torch.autograd.Function):
             gradient, state, status, modalities, injection, gate_mask, fusion_mask, *p, *ctx.cell,
             ctx.adjoint,
         )  # fmt: skip
+        _tell(grads[_F:])
         return (dm, dx, *nothing[:8], *grads[:_F], *nothing[: _C + _S])
 
 
@@ -169,6 +198,8 @@ class _JointEquilibrium(torch.autograd.Function):
             gradient[:-1] + dm, state[:-1], status[:-1], x, present, *p[:_M], *ctx.cell,
             ctx.adjoint,
         )  # fmt: skip
+        _tell(fusion[_F:])
+        _tell(modality[_M:])
         nothing = (None,) * 7
         rest = (None,) * (_C + _S)
         return (dx, dinjection, *nothing, *modality[:_M], *fusion[:_F], *rest)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deqfusion import DEQFusion, Implicit, Status, Unroll, functional
+from deqfusion import Anderson, DEQFusion, Implicit, Status, Unroll, functional
 
 DIM, COUNT, BATCH = 16, 2, 6
 
@@ -236,6 +236,33 @@ def test_an_equilibrium_of_other_features(fusion, method):
         eq = fusion.equilibrium(features[:, rows])
         with pytest.raises(ValueError, match=r"^eq: got .*, expected .* as these features have$"):
             getattr(fusion, method)(eq, features)
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["split", "joint"])
+def test_watching_adjoints(joint):
+    """What the adjoints by themselves say, of every backward pass and of none after."""
+    torch.manual_seed(2)
+    solver = Anderson(max_steps=4)
+    fusion = DEQFusion(DIM, COUNT, joint=joint, adjoint=Implicit(solver)).double()
+    features = torch.randn(COUNT, BATCH, DIM, dtype=torch.float64)
+    eq = fusion.equilibrium(features)
+    direction = torch.randn_like(eq.fused)
+    with functional.watching_adjoints() as told:
+        eq.fused.backward(direction)
+    fusion(features).backward(direction)
+    fused, modalities = told
+    dm, _, _, expected = functional.fusion_adjoint(
+        direction, eq.fused.detach(), eq.modalities.detach(), features.sum(0),
+        fusion.fusion_parameters, cell=fusion.options, adjoint=fusion.adjoint,
+    )  # fmt: skip
+    assert all(map(torch.equal, fused, expected))
+    assert (fused.status == Status.MAX_STEPS).any()
+    *_, expected = functional.modality_adjoint(
+        dm, eq.modalities.detach(), features, fusion.modality_parameters, cell=fusion.options,
+        adjoint=fusion.adjoint,
+    )  # fmt: skip
+    assert all(map(torch.equal, modalities, expected))
+    assert modalities.status.shape == (COUNT, BATCH)
 
 
 @pytest.mark.parametrize(("dim", "count"), [(DIM, 1), (DIM, 3), (8, COUNT)])
