@@ -90,7 +90,7 @@ class Analysis(ABC):
 def add_common_arguments(parser: argparse.ArgumentParser, analysis: Analysis) -> None:
     """Add the options that all analyses have."""
     parser.add_argument("--task", required=True, help="a task of `deqfusion train`")
-    parser.add_argument("--data", required=True, type=Path, help="folder of the data")
+    parser.add_argument("--data-dir", required=True, type=Path, help="folder of the data")
     parser.add_argument(
         "--out",
         required=True,

@@ -99,7 +99,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
             raise ValueError(f"{name}: got {options[name]!r}, expected only other options")
     return Setting(
         recipe,
-        args.data,
+        args.data_dir,
         args.out,
         options,
         [dict(pairs) for pairs in candidates],

@@ -18,7 +18,7 @@ def analyze(folder):
 
     def run(name, out, *more, data=folder, options=SMALL):
         settings = [argument for option in options for argument in ("--set", option)]
-        arguments = ["--task", "rosmap", "--data", str(data), "--out", str(out), *settings]
+        arguments = ["--task", "rosmap", "--data-dir", str(data), "--out", str(out), *settings]
         return main(["analyze", name, *arguments, "--quiet", *more])
 
     return run

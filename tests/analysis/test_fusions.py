@@ -103,7 +103,7 @@ def test_the_compared_metric_of_every_kind_of_task():
         (["--set", "fusion=sum"], "fusion: got 'sum', expected --fusions"),
         (["--set", "dim=6"], "dim: got 6, expected a multiple of 4"),
         (["--choose", "dropout", "0.1"], "--choose dropout: got 1 values, expected at least 2"),
-        (["--data", "nowhere"], "nowhere"),
+        (["--data-dir", "nowhere"], "nowhere"),
     ],
 )
 def test_refusals_in_one_line(analyze, tmp_path, capsys, more, message):

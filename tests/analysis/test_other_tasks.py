@@ -37,7 +37,7 @@ def data(tmp_path_factory, questions):
 
 def _analyze(name, task, data, out, *more):
     options = [a for o in (*_TASKS[task], "dim=16", "epochs=1", "tol=1e-2") for a in ("--set", o)]
-    command = ["analyze", name, "--task", task, "--data", str(data[task]), "--out", str(out)]
+    command = ["analyze", name, "--task", task, "--data-dir", str(data[task]), "--out", str(out)]
     return main([*command, "--seeds", "1", "--quiet", *options, *more])
 
 
