@@ -100,10 +100,11 @@ def run_jobs(
     number, parts = setting.part
     # Neighbours go to different parts, and so does each name from seed to seed: the names are of
     # very different cost.
+    names = list(dict.fromkeys(job.name for job in jobs))
     share = {
         (job.name, job.seed)
-        for place, job in enumerate(jobs)
-        if (place + setting.seeds.index(job.seed)) % parts == number - 1
+        for job in jobs
+        if (names.index(job.name) + setting.seeds.index(job.seed)) % parts == number - 1
     }
     own = [entry for entry in todo if (entry[0].name, entry[0].seed) in share]
     with _bar(analysis, len(own), setting.progress) as bar:
