@@ -92,9 +92,9 @@ def gate(
 
 @triton.jit
 def injection_tile(x, begin, local, live, group, column, DIM: tl.constexpr, DG: tl.constexpr):
-    """x_f [BM, P] `within_range`; ReLU would hide an infinite negative one: it becomes NaN."""
+    """x_f [BM, P]; ReLU would hide an infinite negative one: it becomes NaN."""
     value = load_true(x, begin, local, live, group, column, DIM, DG)
-    return within_range(tl.where(tl.abs(value) < float("inf"), value, float("nan")))
+    return tl.where(tl.abs(value) < float("inf"), value, float("nan"))
 
 
 @triton.jit
@@ -265,7 +265,8 @@ def fusion_solve_rows(
             if RESIDENT:
                 z_own = start
             tl.store(best_f + tile, tl.where(tl.abs(start) < float("inf"), start, 0.0))
-            value, _ = injection_tile(x, begin, local, live, group, column, DIM, DG)
+            value = injection_tile(x, begin, local, live, group, column, DIM, DG)
+            value, _ = within_range(value, not RELU_LAST)
             tl.store(x_rows + tile, tl.where(lost[:, None], float("nan"), value))
             for i in range(0, N):
                 plane = modalities + i * rows.to(tl.int64) * DIM

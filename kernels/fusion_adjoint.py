@@ -34,6 +34,7 @@ from .primitives import (
     product,
     standardise_vjp,
     store_true,
+    within_range,
 )
 from .resident import blank_of, held_from
 from .scaling import divisor_of, largest_of, scales
@@ -286,12 +287,14 @@ def fusion_adjoint_rows(
             factor = tl.full([BM, P], 1.0, dtype=tl.float32)
             if FUSION_MASK:
                 factor = load_true(fusion_mask, begin, local, take_part, group, column, DIM, DG)
-            x_tile, scaled = injection_tile(x, begin, local, take_part, group, column, DIM, DG)
+            x_tile = injection_tile(x, begin, local, take_part, group, column, DIM, DG)
             v = injected(
                 u_rows, wf, wf, z, z, vectors, x_tile, factor, group, W, EXACT, W, P, BM, BK,
                 PRECISION, "",
             )  # fmt: skip
-            _, hat, deviation = normalised(v, vectors, group, W, DG, P, RELU_LAST)
+            # What is beside a large number with it: else its sign would be the product's.
+            v_scaled, scaled = within_range(v, not RELU_LAST)
+            _, hat, deviation = normalised(v_scaled, vectors, group, W, DG, P, RELU_LAST)
             tl.store(xhat + tile, hat)
             tl.store(rstd + local * G + group, deviation * scaled)
             if RELU_LAST:

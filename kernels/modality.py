@@ -214,7 +214,8 @@ def modality_solve_rows(
         report_nothing(status, steps, residual, live, first_group, BM)
         for group in range(first_group, last_group):
             tile = local[:, None] * W + (group * P + column)[None, :]
-            value, _ = within_range(load_true(x, begin, local, live, group, column, DIM, DG))
+            value = load_true(x, begin, local, live, group, column, DIM, DG)
+            value, _ = within_range(value, False)
             tl.store(packed + tile, value)
             start = tl.zeros([BM, P], dtype=tl.float32)
             if INIT:

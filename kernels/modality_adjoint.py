@@ -283,7 +283,7 @@ def modality_adjoint_rows(
             tl.store(z + tile, tl.zeros([BM, P], dtype=tl.float32))
             tl.store(best_f + tile, tl.zeros([BM, P], dtype=tl.float32))
             injected = load_true(x, begin, local, take_part, group, column, DIM, DG)
-            injected, factor = within_range(injected)
+            injected, factor = within_range(injected, False)
             z_tile = tl.load(z_rows + tile)
             _, xhat2, rstd2, xhat3, rstd3 = evaluated(
                 h_rows, w2, w2, z, z, vectors, injected, z_tile, group, EXACT, W, DG, P, BM, BK,

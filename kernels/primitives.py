@@ -125,12 +125,14 @@ def standardise(x, column, DG: tl.constexpr):
 
 
 @triton.jit
-def within_range(x):
+def within_range(x, RELU: tl.constexpr):
     """x [BM, P] times a factor of every row, at most 1, so that no square overflows; the factor.
 
-    N(v) of what it is added to is that of the product times the factor: rstd takes it.
+    N(v) of what it is added to is that of the product times the factor: rstd takes it. RELU:
+    whether the squares are those of ReLU(x), so that what is negative scales nothing.
     """
-    factor = LARGEST / tl.maximum(tl.max(tl.abs(x), 1), LARGEST)
+    largest = tl.max(x, 1) if RELU else tl.max(tl.abs(x), 1)
+    factor = LARGEST / tl.maximum(largest, LARGEST)
     return x * factor[:, None], factor
 
 

@@ -149,6 +149,47 @@ def test_features_whose_squares_overflow(way, tail, size):
         torch.testing.assert_close(value.double(), wanted, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("size", [2e12, 1e20, 1e30])
+def test_what_relu_takes_away_scales_nothing(way, size):
+    """One channel far below zero, beside others of the usual size in its group."""
+    tight = Anderson(tol=1e-6, max_steps=100)
+    fusion = layer(**{"solver": tight, "adjoint": Implicit(tight), **way})
+    # With features so large every row converges.
+    features, direction = 3 * torch.randn(COUNT, BATCH, DIM), torch.randn(BATCH, DIM)
+    features[0, :, 0] = -size
+    # A row that is scaled, beside those that are not.
+    features[0, 1, 5] = size
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        fusion = fusion.to(dtype)
+        inputs = features.to(dtype, copy=True).requires_grad_()
+        eq = fusion.equilibrium(inputs)
+        eq.fused.backward(direction.to(dtype))
+        state = torch.cat((eq.modalities, eq.fused.unsqueeze(0))).detach()
+        results.append((eq.fused.detach(), fusion.cell(state, inputs.detach()), inputs.grad))
+    for value, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(value.double(), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_what_is_beside_a_large_number_is_open_or_closed_by_itself(way):
+    """In a group that is scaled a channel's sign is that of all of it, not of the product alone."""
+    tight = Anderson(tol=1e-6, max_steps=100)
+    fusion = layer(**{"solver": tight, "adjoint": Implicit(tight), **way})
+    features, direction = torch.randn(COUNT, BATCH, DIM), torch.randn(BATCH, DIM)
+    injection = 3 * torch.randn(BATCH, DIM)
+    injection[:, 0] = 1e20
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        fusion = fusion.to(dtype)
+        injected = injection.to(dtype, copy=True).requires_grad_()
+        fusion.equilibrium(features.to(dtype), injection=injected).fused.backward(
+            direction.to(dtype)
+        )
+        results.append(injected.grad[:, :4] * 1e20)
+    found, wanted = results
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("backend", ["auto", "masked"])
 @pytest.mark.parametrize("solver", [Anderson(), Picard(), Broyden()], ids=repr)
 def test_an_adjoint_that_expands_returns_no_more_than_its_gradient(solver, backend, monkeypatch):

@@ -92,16 +92,18 @@ def bound_of(dtype: torch.dtype) -> float:
     return 2.0 ** (300 if dtype == torch.float64 else 40)
 
 
-def within_range(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def within_range(x: Tensor, groups: int, relu: bool = False) -> tuple[Tensor, Tensor]:
     """x (..., d), each group times a power of two that takes it to `bound_of` its dtype.
 
     A normalisation takes the factor out again, but for EPS, which is nothing beside such a group.
+    Where it is one of ReLU(x), with `relu`, negative x, which that takes away, scale nothing.
 
     Returns:
         x, and the factors (..., G, 1), at most 1.
     """
     grouped = x.unflatten(-1, (groups, -1))
-    largest = grouped.detach().abs().amax(-1, keepdim=True)
+    sizes = grouped.detach()
+    largest = (sizes.relu() if relu else sizes.abs()).amax(-1, keepdim=True)
     above = torch.log2(largest / bound_of(x.dtype))
     factor = torch.exp2(-torch.ceil(above).clamp(min=0.0))
     return (grouped * factor).flatten(-2), factor
@@ -180,7 +182,7 @@ def fusion_cell(
     v = F.linear(u, p.weight, p.bias)
     if fusion_mask is not None:
         v = v * fusion_mask
-    v, _ = within_range(v + injection, o.num_groups)
+    v, _ = within_range(v + injection, o.num_groups, o.tail == "relu_norm")
     if o.tail == "norm_relu":
         return F.relu(group_norm(v, p.norm_weight, p.norm_bias, o.num_groups))
     return group_norm(F.relu(v), p.norm_weight, p.norm_bias, o.num_groups)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deqfusion.reference.cell import CellOptions, FusionParameters, gate_weights
+from deqfusion.reference.cell import CellOptions, FusionParameters, gate_weights, within_range
 from deqfusion.reference.iterate import Anchor
 from deqfusion.reference.norm import (
     NormVJP,
@@ -67,9 +67,9 @@ class FusionBlock:
         bias = self.c.bias if fusion_mask is None else self.c.bias * fusion_mask
         # ReLU would hide an infinite negative injection: such a row has no answer either.
         injection = torch.where(injection.isfinite(), injection, torch.nan)
-        injection, scale = injected_within_range(injection, o.num_groups)
-        self.scale = None if scale is None else scale.squeeze(-1)
-        self.injection = injection + bias
+        scaled, factor = injected_within_range(injection, o.num_groups, o.tail == "relu_norm")
+        self.injection = scaled + bias
+        self.unscaled = None if factor is None else injection + bias
         self.constants, self.gate_mask = constants, gate_mask
         self.modalities, self.factor = constants.shape[0], gate_mask
         self.slope: Tensor | None = None
@@ -86,7 +86,7 @@ class FusionBlock:
     def _map(self, function: object) -> FusionBlock:
         other = object.__new__(FusionBlock)
         other.c, other.modalities = self.c, self.modalities
-        names = ("injection", "constants", "gate_mask", "fusion_mask", "slope", "factor", "scale")
+        names = "injection", "unscaled", "constants", "gate_mask", "fusion_mask", "slope", "factor"
         for name in names:
             value = getattr(self, name)
             whole = value is None or value.shape[1] == 1 != self.shape[1]
@@ -142,11 +142,12 @@ class FusionBlock:
             v.mul_(self.fusion_mask)
         return self._output(v.add_(start))
 
-    def injected(self, u: Tensor) -> Tensor:
-        """v from u."""
+    def injected(self, u: Tensor, injection: Tensor | None = None) -> Tensor:
+        """v from u; injection: of the block, or another in its place."""
+        injection = self.injection if injection is None else injection
         if self.fusion_mask is None:
-            return self.c.weight.forward(u, self.injection)
-        return self.c.weight.forward(u).mul_(self.fusion_mask).add_(self.injection)
+            return self.c.weight.forward(u, injection)
+        return self.c.weight.forward(u).mul_(self.fusion_mask).add_(injection)
 
     def _output(self, v: Tensor) -> Tensor:
         """f from v."""
@@ -184,10 +185,13 @@ class FusionLinearization:
             self.s = a.sum(0, keepdim=True)
             self.t = z * slope.sum(0, keepdim=True)
         self.u = self.s * z
-        v = block.injected(self.u)
-        scale = None if block.scale is None else block.scale.unsqueeze(-1)
+        # What is beside a large number is scaled with it: else its sign would be the product's.
+        v, scale = block.injected(self.u, block.unscaled), None
         if o.tail == "relu_norm":
             self.open = v > 0
+        if block.unscaled is not None:
+            v, scale = within_range(v, o.num_groups, o.tail == "relu_norm")
+        if o.tail == "relu_norm":
             v = centre_(v.relu_(), o.num_groups)
             self.norm = NormVJP(v, inverse_deviation(v, o.num_groups), scale)
         else:

@@ -12,7 +12,9 @@ from deqfusion.reference.cell import EPS, bound_of, within_range
 from deqfusion.reference.product import take_rows
 
 
-def injected_within_range(x: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
+def injected_within_range(
+    x: Tensor, groups: int, relu: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """`within_range` of what a solve adds to a product (..., d) at every step.
 
     The product, which has no factor, is lost beside a group that has one, as it is beside the x
@@ -26,9 +28,9 @@ def injected_within_range(x: Tensor, groups: int) -> tuple[Tensor, Tensor | None
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = torch.aminmax(x)
         # A NaN, which hides how large the others are, compares as false.
-        if torch.maximum(most, -least) <= bound_of(x.dtype):
+        if (most if relu else torch.maximum(most, -least)) <= bound_of(x.dtype):
             return x, None
-    return within_range(x, groups)
+    return within_range(x, groups, relu)
 
 
 def centre(x: Tensor, groups: int) -> Tensor:

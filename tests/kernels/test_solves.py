@@ -71,6 +71,23 @@ def test_features_whose_squares_overflow():
             assert (row - other).norm() <= 1e-4 * wanted.norm(), name
 
 
+def test_what_relu_takes_away_scales_nothing():
+    """A channel of the injection far below zero; in a row, beside one far above in its group."""
+    problem = Problem.new()
+    problem.injection[1:, 0] = -1e25
+    problem.injection[2, 1] = 1e20
+    exact = problem.double().reference(Anderson(tol=1e-7, max_steps=200))
+    states = exact["z"].state.float(), exact["zf"].state.float()
+    found, true = tensors(problem.programs(TIGHT, states, blocks="fusion")), tensors(exact)
+    for name in ("zf", "dxf", "dm"):
+        wanted = true[name].reshape(found[name].shape)
+        assert (found[name] - wanted).norm() <= 1e-4 * wanted.norm(), name
+    # Beside the large one a channel is open or closed by itself.
+    values = (t["dxf"].reshape(3, 16)[2, :8] for t in (found, true))
+    found, true = (1e20 * t.double() for t in values)
+    assert (found - true).norm() <= 1e-4 * true.norm()
+
+
 def test_mixing_and_absolute_tolerance():
     compare(Problem.new(), SolveOptions(mixing=0.7, rtol=1e-5, atol=1e-2, memory=4))
 
