@@ -415,7 +415,8 @@ class OfficialDEQFusion(nn.Module):
                 "rel_trace": [],
                 "result": _official_state(equilibrium),
             }
-        return equilibrium.fused, loss.view(1, 1), trace
+        # Of its own, as theirs is: a model may go on with it in place.
+        return equilibrium.fused.clone(), loss.view(1, 1), trace
 
 
 class OfficialMMIMDBDEQFusion(OfficialDEQFusion):

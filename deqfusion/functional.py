@@ -81,29 +81,33 @@ class LinearStats(NamedTuple):
     residual: Tensor
 
 
-_watched: list[LinearStats] | None = None
+_watched: tuple[list[LinearStats], ...] = ()
 
 
 @contextmanager
 def watching_adjoints() -> Iterator[list[LinearStats]]:
     """Collects the outcomes of the adjoint solves of all backward passes meanwhile.
 
-    In the order in which they ran: of a layer fusion's first, (R,) each, then that of its
+    Every layer adds two, the last layer first: that of its fusion, (R,) each, and that of its
     modalities, (N, R). A row that is not CONVERGED has the gradient of its best evaluation, of
-    which the first is `OneStep`'s. For the whole process, as backward runs in a thread of its own
-    on a GPU. Compiled backward passes tell nothing.
+    which the first is `OneStep`'s; one whose features are not finite takes no part. `Phantom` and
+    `OneStep` take steps and do not solve, so that theirs are at MAX_STEPS as a rule. `Unroll` and
+    compiled backward passes tell nothing. For the whole process, as backward runs in a thread of
+    its own on a GPU.
     """
     global _watched
-    before, _watched = _watched, []
+    found: list[LinearStats] = []
+    before, _watched = _watched, (*_watched, found)
     try:
-        yield _watched
+        yield found
     finally:
         _watched = before
 
 
 def _tell(outcome: Sequence[Tensor]) -> None:
-    if _watched is not None and not torch.compiler.is_compiling():
-        _watched.append(LinearStats(*outcome))
+    if not torch.compiler.is_compiling():
+        for found in _watched:
+            found.append(LinearStats(*outcome))
 
 
 class _ModalityEquilibrium(torch.autograd.Function):

@@ -172,6 +172,9 @@ def stacked(
 ) -> tuple[Tensor, Tensor]:
     """As `stack_and_inject`, of arguments known to be right; parts: N of (R, d), or one (N, R, d)
     alone."""
+    if torch.compiler.is_compiling():
+        # One tensor given twice is refused there, two views of it are not.
+        parts = [parts[0], *(part.view_as(part) for part in parts[1:])]
     if torch.is_grad_enabled():
         x, injected = _StackAndInject.apply(present, weight, bias, *parts)
     else:

@@ -200,19 +200,20 @@ def judge(
 ):
     """What the residual norms gn, fn [BM] of a row's `done`-th evaluation, an exact one, decide.
 
-    In an adjoint solve, of a unit gradient from 0, no residual above 1 is the best but the first.
+    In an adjoint solve, of a unit gradient from 0, no residual above 1 is the best but the first;
+    if it is less beside ||f|| than the best, it is progress all the same.
 
     Returns improved, ended, code, best, improved_at; all [BM].
     """
     finite = (gn < float("inf")) & (fn < float("inf"))
     relative = relative_residual(gn, fn)
     met = running & finite & (gn <= atol + rtol * fn)
-    better = relative < best
+    nearer = met | (running & finite & (relative < best))
+    improved = nearer
     if ADJOINT:
-        better = better & ((gn <= 1.0) | (best == float("inf")))
-    improved = met | (running & finite & better)
+        improved = nearer & (met | (gn <= 1.0) | (best == float("inf")))
     best = tl.where(improved, relative, best)
-    improved_at = tl.where(improved, done, improved_at)
+    improved_at = tl.where(nearer, done, improved_at)
     hopeless = running & (finite == 0) & ((restarts >= MAX_RESTARTS) | (best == float("inf")))
     stagnant = running & (done - improved_at >= PATIENCE)
     ended = met | hopeless | stagnant | (running & last)

@@ -424,3 +424,14 @@ def test_authors_training_loop(kind, capfd):
     traces = np.array([trace["rel_trace"], trace["rel_trace"]])
     assert traces.shape == (2, 55)
     assert capfd.readouterr().out == ""
+
+
+def test_what_follows_may_work_in_place():
+    torch.manual_seed(0)
+    layer, features = OfficialDEQFusion(DIM, COUNT), [torch.randn(4, DIM) for _ in range(COUNT)]
+    grads = []
+    for relu in (torch.relu, torch.relu_):
+        layer.zero_grad()
+        relu(layer(features)[0]).sum().backward()
+        grads.append([parameter.grad.clone() for parameter in layer.parameters()])
+    assert all(map(torch.equal, *grads))

@@ -247,10 +247,14 @@ def test_watching_adjoints(joint):
     features = torch.randn(COUNT, BATCH, DIM, dtype=torch.float64)
     eq = fusion.equilibrium(features)
     direction = torch.randn_like(eq.fused)
-    with functional.watching_adjoints() as told:
-        eq.fused.backward(direction)
+    with functional.watching_adjoints() as outer:
+        fusion(features).backward(direction)
+        with functional.watching_adjoints() as told:
+            eq.fused.backward(direction)
     fusion(features).backward(direction)
     fused, modalities = told
+    assert len(outer) == 4
+    assert outer[2:] == told
     dm, _, _, expected = functional.fusion_adjoint(
         direction, eq.fused.detach(), eq.modalities.detach(), features.sum(0),
         fusion.fusion_parameters, cell=fusion.options, adjoint=fusion.adjoint,
@@ -295,3 +299,12 @@ def test_a_gradient_that_is_not_finite_says_so(fusion):
     others[1, 2] = False
     assert (stats.status[others] == Status.CONVERGED).all()
     assert dx[others].isfinite().all()
+
+
+def test_one_feature_given_twice_compiles(fusion):
+    x = torch.randn(BATCH, DIM, requires_grad=True)
+    fusion([x, x]).sum().backward()
+    expected, x.grad = x.grad, None
+    torch._dynamo.reset()
+    torch.compile(fusion, backend="aot_eager", fullgraph=True)([x, x]).sum().backward()
+    torch.testing.assert_close(x.grad, expected)

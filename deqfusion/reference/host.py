@@ -198,10 +198,11 @@ class _Loop:
         """Keeps the best iterates of an exact evaluation, if `sound`, and ends rows."""
         running, step, best = self.running, self.figure("step"), self.figure("best")
         met = met & finite
-        improved = running & finite & (met | (relative < best) & (sound | np.isinf(best)))
+        nearer = running & finite & (met | (relative < best))
+        improved = nearer & (met | sound | np.isinf(best))
+        self.figure("improved_at")[nearer] = step[nearer]
         self.keep_best(improved)
         best[improved] = relative[improved]
-        self.figure("improved_at")[improved] = step[improved]
         stagnant = step - self.figure("improved_at") >= PATIENCE
         hopeless = ~finite & ((self.figure("restarts") >= MAX_RESTARTS) | np.isinf(best))
         ended = running & (met | stagnant | hopeless | (step >= self.settings.max_steps))

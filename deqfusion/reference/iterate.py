@@ -8,7 +8,9 @@ that then still is not finite ends NON_FINITE). A row whose best residual has no
 
 Best is the least ||g|| / ||f||. Where a map expands, that falls towards 1 while f grows without
 end. In an adjoint solve, for a gradient of norm 1 from 0, the residual begins at 1: there no
-evaluation with a larger one is the best, so that such a row returns no worse than its gradient.
+evaluation with a larger one is the best, so that such a row falls back on its gradient. One that is
+nearer, ||g|| / ||f|| less than the best's, counts as progress all the same: where a map expands for
+a while only, the row has such ones before it converges.
 
 Two loops do that: `deqfusion.reference.host` looks at the flags of the rows and drops those that
 ended; `fixed_point_masked` here looks at nothing, runs `max_steps` steps with ended rows frozen,
@@ -164,12 +166,12 @@ def fixed_point_masked(
         if trace is not None:
             _write(trace[:, :, step], running, torch.stack((gn, fn), -1))
         met = running & finite & (gn <= settings.atol + settings.rtol * fn)
-        sound = (gn <= settings.most) | best.isinf()
-        improved = met | running & finite & sound & (relative < best)
+        nearer = met | running & finite & (relative < best)
+        improved = nearer & (met | (gn <= settings.most) | best.isinf())
         best_f = torch.where(improved.unsqueeze(-1), f, best_f)
         best_g = torch.where(improved.unsqueeze(-1), g, best_g)
         best = torch.where(improved, relative, best)
-        improved_at = torch.where(improved, step, improved_at)
+        improved_at = torch.where(nearer, step, improved_at)
         hopeless = running & ~finite & ((restarts >= MAX_RESTARTS) | best.isinf())
         stagnant = running & (step - improved_at >= PATIENCE)
         last = step + 1 == settings.max_steps

@@ -106,6 +106,18 @@ def test_parts_share_the_jobs_and_every_name(folder, tmp_path, monkeypatch):
     assert {name for name, _ in shares[0]} == {name for name, _ in shares[1]} == {"sum", "concat"}
 
 
+@pytest.mark.parametrize("names", [("sum",), ("sum", "concat", "gated")])
+def test_parts_are_even_whatever_the_number_of_names(folder, tmp_path, monkeypatch, names):
+    seen, shares = _trained(monkeypatch), []
+    for number in (1, 2):
+        setting = _setting(folder, tmp_path, part=Part(number, 2), seeds=range(4))
+        run_jobs("fusions", setting, _jobs(setting, names))
+        shares.append(sorted(seen))
+        seen.clear()
+    assert len(shares[0]) == len(shares[1]) == 2 * len(names)
+    assert {name for name, _ in shares[0]} == {name for name, _ in shares[1]} == set(names)
+
+
 def test_validation_chooses_among_candidates(folder, tmp_path):
     candidates = ({"learning_rate": 1e-6}, {"learning_rate": 3e-2})
     setting = _setting(folder, tmp_path, candidates=candidates, options={**_OPTIONS, "epochs": 8})
