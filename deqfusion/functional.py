@@ -81,7 +81,7 @@ class LinearStats(NamedTuple):
     residual: Tensor
 
 
-_watched: tuple[list[LinearStats], ...] = ()
+_watching: dict[int, list[LinearStats]] = {}
 
 
 @contextmanager
@@ -89,25 +89,26 @@ def watching_adjoints() -> Iterator[list[LinearStats]]:
     """Collects the outcomes of the adjoint solves of all backward passes meanwhile.
 
     Every layer adds two, the last layer first: that of its fusion, (R,) each, and that of its
-    modalities, (N, R). A row that is not CONVERGED has the gradient of its best evaluation, of
-    which the first is `OneStep`'s; one whose features are not finite takes no part. `Phantom` and
-    `OneStep` take steps and do not solve, so that theirs are at MAX_STEPS as a rule. `Unroll` and
-    compiled backward passes tell nothing. For the whole process, as backward runs in a thread of
-    its own on a GPU.
+    modalities, (N, R). With `Implicit` a row that is not CONVERGED has the gradient of its best
+    evaluation, of which the first is `OneStep`'s; one whose features are not finite takes no part.
+    `Phantom` and `OneStep` take steps and do not solve, so that theirs are at MAX_STEPS as a rule.
+    `Unroll` and compiled backward passes tell nothing. For the whole process, as backward runs in a
+    thread of its own on a GPU; of several that watch each collects all.
     """
-    global _watched
-    found: list[LinearStats] = []
-    before, _watched = _watched, (*_watched, found)
+    told: list[LinearStats] = []
+    _watching[id(told)] = told
     try:
-        yield found
+        yield told
     finally:
-        _watched = before
+        del _watching[id(told)]
 
 
 def _tell(outcome: Sequence[Tensor]) -> None:
-    if not torch.compiler.is_compiling():
-        for found in _watched:
-            found.append(LinearStats(*outcome))
+    # First of all: a compiled program that has looked who watches is made anew for every answer.
+    if torch.compiler.is_compiling():
+        return
+    for told in list(_watching.values()):
+        told.append(LinearStats(*outcome))
 
 
 class _ModalityEquilibrium(torch.autograd.Function):

@@ -1,7 +1,10 @@
 """What the functional interface and the measurements of an equilibrium refuse."""
 
+from contextlib import suppress
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from deqfusion import Anderson, DEQFusion, Implicit, Status, Unroll, functional
 
@@ -267,6 +270,40 @@ def test_watching_adjoints(joint):
     )  # fmt: skip
     assert all(map(torch.equal, modalities, expected))
     assert modalities.status.shape == (COUNT, BATCH)
+
+
+def test_several_watch_adjoints(fusion):
+    """Each collects all of its time, however their times overlap; an error ends it too."""
+
+    def backward():
+        fusion(torch.randn(COUNT, BATCH, DIM, requires_grad=True)).sum().backward()
+
+    early, late = functional.watching_adjoints(), functional.watching_adjoints()
+    first = early.__enter__()
+    backward()
+    with suppress(ZeroDivisionError), functional.watching_adjoints() as inner:
+        backward()
+        raise ZeroDivisionError
+    second = late.__enter__()
+    backward()
+    early.__exit__(None, None, None)
+    backward()
+    late.__exit__(None, None, None)
+    backward()
+    # Two solves a pass.
+    assert [len(told) for told in (first, inner, second)] == [6, 2, 4]
+
+
+def test_watching_adjoints_compiles_nothing_anew(fusion):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fusion, backend=counter, fullgraph=True)
+    features = torch.randn(COUNT, BATCH, DIM, requires_grad=True)
+    compiled(features).sum().backward()
+    with functional.watching_adjoints() as told:
+        for module in (compiled, fusion, compiled):
+            module(features).sum().backward()
+    assert counter.frame_count == 1
+    assert len(told) == 2
 
 
 @pytest.mark.parametrize(("dim", "count"), [(DIM, 1), (DIM, 3), (8, COUNT)])

@@ -286,6 +286,34 @@ def test_a_map_that_is_zero(loop):
     assert not outcome.state.any()
 
 
+class Transient:
+    """lambda -> J^T lambda, for a J whose powers grow fifty steps long before they vanish."""
+
+    def __init__(self, dim):
+        self.matrix = 0.4 * torch.eye(dim) + 0.7 * torch.diag(torch.ones(dim - 1), 1)
+
+    def vjp(self, gradient, low=False):
+        return gradient @ self.matrix
+
+    def take(self, index):
+        return self
+
+
+@pytest.mark.parametrize("loop", [host.fixed_point, iterate.fixed_point_masked])
+@pytest.mark.parametrize("solver", [Picard, Broyden], ids=lambda solver: solver.__name__)
+def test_an_adjoint_that_expands_at_first_converges(monkeypatch, loop, solver):
+    """Residuals above that of the start are none to return, but no lack of progress either."""
+    monkeypatch.setattr(solve, "fixed_point", loop)
+    gradient = torch.eye(32)[:1].repeat(20, 1).unsqueeze(0)
+    options = solve.SolverOptions.decode(Implicit(solver(tol=1e-4, max_steps=200)).encoded)
+    rows = torch.ones(1, 20, dtype=torch.bool)
+    outcome = adjoint._solve_adjoint(Transient(32), gradient, options, rows)
+    assert (outcome.status == Status.CONVERGED).all()
+    assert (outcome.steps > 1.5 * iterate.PATIENCE).all()
+    exact = torch.linalg.solve(torch.eye(32) - Transient(32).matrix.T, gradient.mT).mT
+    torch.testing.assert_close(outcome.state, exact, rtol=1e-3, atol=1e-3 * float(exact.max()))
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
 def test_gradients_of_any_scale(scale):
     """Squares of the incoming gradient vanish or overflow in fp32; its adjoint does not."""
