@@ -132,7 +132,7 @@ def within_range(x, RELU: tl.constexpr):
     whether the squares are those of ReLU(x), so that what is negative scales nothing.
     """
     largest = tl.max(x, 1) if RELU else tl.max(tl.abs(x), 1)
-    factor = LARGEST / tl.maximum(largest, LARGEST)
+    factor = tl.where(largest > LARGEST, LARGEST / largest, 1.0)
     return x * factor[:, None], factor
 
 
