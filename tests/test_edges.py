@@ -192,7 +192,7 @@ def test_what_is_beside_a_large_number_is_open_or_closed_by_itself(way):
 
 @pytest.mark.parametrize("backend", ["auto", "masked"])
 @pytest.mark.parametrize("solver", [Anderson(), Picard(), Broyden()], ids=repr)
-def test_an_adjoint_that_expands_returns_no_more_than_its_gradient(solver, backend, monkeypatch):
+def test_an_adjoint_that_expands_falls_back_on_its_gradient(solver, backend, monkeypatch):
     """A constant row of features has no variance, and a derivative a hundred times too large."""
     if backend == "masked":
         monkeypatch.setattr(solve, "fixed_point", iterate.fixed_point_masked)

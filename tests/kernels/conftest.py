@@ -2,7 +2,7 @@
 
 The interpreter of Triton 3.7.1 casts fp32 to bfloat16 by cutting bits off, where devices round to
 the nearest. Here it rounds, so that the programs' errors are held against what they will be. It
-also looks for overflow in every operation on integers, which takes a third of its time: no tensor
+also looks for overflow in every operation on integers, which takes a quarter of its time: no tensor
 here is large enough for that (`tests/gpu` has one).
 """
 

@@ -267,7 +267,7 @@ def test_a_restart_forgets_the_history(config):
 
 
 @pytest.mark.parametrize("memory", [0, 5])
-def test_an_adjoint_that_expands_returns_no_more_than_its_gradient(memory):
+def test_an_adjoint_that_expands_falls_back_on_its_gradient(memory):
     """A constant row of features has no variance, and a derivative a hundred times too large."""
     problem = Problem.new(count=1)
     problem.features[0, 1] = -1e9
